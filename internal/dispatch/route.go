@@ -1,0 +1,58 @@
+package dispatch
+
+import (
+	"context"
+	"io"
+	"net/netip"
+	"time"
+
+	"github.com/fastcontainer/fastcontainer/internal/fleet"
+)
+
+// Router names the app that a host belongs to. It is asked for every request
+// and takes no lock.
+type Router interface {
+	// Route finds the app of a host name (lower case, no port).
+	Route(host string) (Target, bool)
+}
+
+// Target is one app as the front door sees it.
+type Target interface {
+	App() fleet.AppName
+	// Acquire claims a slot for one request, on whichever instance fits. While
+	// there is none it waits (a hold) until one is ready, ctx ends, or the hold
+	// is refused. Any number of callers cause no more starts than are needed.
+	// Errors are fleet.ErrOverloaded (too many or too long holds),
+	// fleet.ErrFailing (cannot start at present, answered at once),
+	// fleet.ErrTimeout (this start took too long), fleet.ErrUnavailable (app is
+	// stopped), or ctx's own.
+	Acquire(ctx context.Context, arrived time.Time) (Lease, error)
+}
+
+// Lease is a slot on one instance, held by one request. Exactly one of Release
+// and Refused is called, once.
+type Lease interface {
+	Instance() fleet.InstanceID
+	Address() netip.AddrPort
+	// Upstream is what the front door attached to this instance (see Attach):
+	// its connection pool.
+	Upstream() io.Closer
+	// Stages of the start that this request waited for; nil if it met a ready
+	// instance. The front door fills in Connect and FirstByte of the request
+	// that caused the start.
+	Stages() *fleet.Stages
+	// Closing is closed when the instance wants to be rid of long-lived streams
+	// (WebSocket, server-sent events): its drain time is over.
+	Closing() <-chan struct{}
+	// Release gives the slot back after the response ended. failed tells that
+	// the instance broke the exchange.
+	Release(failed bool)
+	// Refused gives the slot back and tells that the instance refused the
+	// connection before a byte was sent: it gets no more requests, and the
+	// caller may Acquire again.
+	Refused()
+}
+
+// Attach makes what the front door keeps beside an instance while it may get
+// requests; it is closed when the instance has left the route for good.
+type Attach func(id fleet.InstanceID, addr netip.AddrPort) io.Closer

@@ -1,0 +1,185 @@
+package sandbox
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"net/netip"
+	"os"
+	"time"
+
+	"github.com/fastcontainer/fastcontainer/internal/fleet"
+)
+
+// Spec is everything a body needs to start one container.
+type Spec struct {
+	ID  fleet.InstanceID
+	App fleet.AppName
+	// Layers are the directories of the root filesystem, topmost first. They
+	// are shared by content and never written.
+	Layers []string
+	// Hostname inside; also written to /etc/hosts.
+	Hostname string
+
+	// Args, Env, Dir and User are what the image and the spec say after
+	// merging. User is a name, uid, name:group or uid:gid; it is resolved
+	// inside the root filesystem. Empty: root (of the container).
+	Args []string
+	Env  []string
+	Dir  string
+	User string
+
+	// UserNS: run in a user namespace with a uid range of the app's own.
+	UserNS bool
+	// ReadonlyRoot: no writable layer.
+	ReadonlyRoot bool
+	// Disk bounds the writable layer, which lives in memory. 0: 64 MiB.
+	Disk fleet.Bytes
+	// Seccomp is "default" or "unconfined".
+	Seccomp string
+	// CapAdd and CapDrop change the default capability set.
+	CapAdd, CapDrop []string
+	Mounts          []Mount
+	Limits          Limits
+
+	// Log is the file that stdout and stderr are appended to; it is made with
+	// mode 0600 and given to the container's user. Ignored with Stdio.
+	Log string
+	// LogMax bounds the log file's size; the newest part is kept. 0: 16 MiB.
+	LogMax fleet.Bytes
+	// Stdio, where set, is used instead of Log and /dev/null.
+	Stdio *Stdio
+}
+
+// Stdio connects a program to its caller. With TTY the program gets a
+// pseudo-terminal of the container's own, and Stderr is unused.
+type Stdio struct {
+	Stdin          io.Reader
+	Stdout, Stderr io.Writer
+	TTY            bool
+	// Resize delivers the size of the caller's terminal; may be nil.
+	Resize <-chan WindowSize
+}
+
+// WindowSize of a terminal in characters.
+type WindowSize struct{ Rows, Cols uint16 }
+
+// Mount puts a host directory or file into the container. Ownership is
+// mapped: uid 0 inside is uid 0 on disk, also in a user namespace.
+type Mount struct {
+	Source   string // absolute, on the host
+	Target   string // absolute, inside
+	Readonly bool
+}
+
+// Limits of one container; each can be changed while it runs. Zero: no limit.
+type Limits struct {
+	// CPU in cores (cgroup quota).
+	CPU float64 `json:"cpu"`
+	// CPUWeight relative to other containers, 1 to 10000, 100 is usual.
+	CPUWeight uint64 `json:"cpu_weight"`
+	// Memory including page cache and writable layer; swap is not added.
+	Memory fleet.Bytes `json:"memory"`
+	PIDs   int64       `json:"pids"`
+}
+
+// Stats of one container, read at once from its cgroup.
+type Stats struct {
+	CPUTime       time.Duration `json:"cpu_time"`
+	Throttled     time.Duration `json:"throttled"`
+	Periods       uint64        `json:"periods"`
+	ThrottledPers uint64        `json:"throttled_periods"`
+	Memory        fleet.Bytes   `json:"memory"`
+	MemoryPeak    fleet.Bytes   `json:"memory_peak"`
+	PIDs          int64         `json:"pids"`
+	OOMKills      uint64        `json:"oom_kills"`
+}
+
+// Timings of a start inside the sandbox; each follows the one before.
+type Timings struct {
+	Claim, Rootfs, Network, Exec time.Duration
+}
+
+// Exit says how the first process of a container ended.
+type Exit struct {
+	// Code is the exit code, or 128+signal. -1: not known (it ended while no
+	// daemon was its parent).
+	Code   int
+	Signal string // "killed", "terminated"... or ""
+	OOM    bool   // the kernel killed something in it for lack of memory
+	At     time.Time
+}
+
+// Runtime is a body that runs containers. All methods may be called from any
+// goroutine.
+type Runtime interface {
+	// Start makes a container and returns when its program has been
+	// executed; it does not wait for the program to listen. On error nothing
+	// is left. Errors of the user's making (no such program, unknown user)
+	// are fleet.ErrInvalid with a hint.
+	Start(ctx context.Context, spec Spec) (Sandbox, error)
+	// Adopt takes over a container that an earlier process started, from what
+	// its State gave. ErrGone: it has ended meanwhile, and its remains were
+	// removed.
+	Adopt(ctx context.Context, state json.RawMessage) (Sandbox, error)
+	// Clean removes everything of this runtime on the host that belongs to no
+	// container in keep: what a crashed daemon left. It returns the names of
+	// what it removed.
+	Clean(ctx context.Context, keep []fleet.InstanceID) ([]string, error)
+	// Check reports why this body cannot work on this host, with hints; nil if it can.
+	Check() error
+	// Close stops prepared parts and background work, but no container.
+	Close() error
+}
+
+// Sandbox is one running container.
+type Sandbox interface {
+	ID() fleet.InstanceID
+	// PID of its first process, as the host sees it.
+	PID() int
+	// Address where it is reached from the host.
+	Address() netip.Addr
+	// State is what Adopt needs, to be kept by the caller. It holds no secrets.
+	State() json.RawMessage
+	// Timings of its start; zero after Adopt.
+	Timings() Timings
+	// Signal sends a signal to its first process.
+	Signal(sig os.Signal) error
+	// Kill ends all of its processes at once.
+	Kill() error
+	// Done is closed when its first process has ended, noticed by event.
+	Done() <-chan struct{}
+	// Exit tells how it ended; valid once Done is closed.
+	Exit() Exit
+	// Resize changes its limits while it runs.
+	Resize(Limits) error
+	// Stats reads its cgroup. An unreadable number stays 0 and is named in
+	// the error, the others are good.
+	Stats() (Stats, error)
+	// Exec runs a further program inside it and returns when that has ended,
+	// with its exit code. Canceling ctx kills that program.
+	Exec(ctx context.Context, p Process) (int, error)
+	// Destroy kills what still runs and removes every trace. It may be
+	// repeated.
+	Destroy(ctx context.Context) error
+}
+
+// Process is a further program inside a container.
+type Process struct {
+	Args  []string
+	Env   []string // nil: the container's own
+	Dir   string   // "": the container's own
+	User  string   // "": the container's own
+	Stdio Stdio
+}
+
+// Freezer is implemented by sandboxes that can be frozen: no CPU, no timers,
+// memory kept.
+type Freezer interface {
+	Freeze() error
+	Thaw() error
+}
+
+// ErrGone is returned by Adopt for a container that has ended.
+var ErrGone = errors.New("container is gone")
