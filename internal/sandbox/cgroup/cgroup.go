@@ -1,0 +1,529 @@
+// Package cgroup makes, fills, limits, reads and removes the control groups of
+// containers, on cgroup v2 and on v1 (also in hybrid mode). A Root is the
+// group under which all containers of one daemon live; a Group is one
+// container's.
+//
+// It speaks to the files directly: a start writes about six numbers, and a
+// general library's walk over every controller of the host costs more than
+// the rest of the start. What it promises: numbers are read and written whole
+// or an error names the file; Remove leaves nothing.
+package cgroup
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+)
+
+// Limits of a group. Zero leaves a number unlimited.
+type Limits struct {
+	CPU       float64 // cores
+	CPUWeight uint64  // 1 to 10000, 100 is usual
+	Memory    int64   // bytes
+	PIDs      int64
+}
+
+// Stats of a group. A number that the kernel does not give stays 0.
+type Stats struct {
+	CPUTime, Throttled        time.Duration
+	Periods, ThrottledPeriods uint64
+	Memory, MemoryPeak        int64
+	PIDs                      int64
+	OOMKills                  uint64
+}
+
+// period of the CPU quota.
+const period = 100 * time.Millisecond
+
+// Root is where the groups of one daemon live.
+type Root struct {
+	v2 bool
+	// dirs are the directories of the root group: on v2 the only one, on v1
+	// one for each hierarchy. needed on v1: which of them hold a controller.
+	dirs []string
+	// v1 finds a controller's directory.
+	v1 map[string]string
+}
+
+// Group is the control group of one container.
+type Group struct {
+	root *Root
+	name string
+}
+
+var controllers = []string{"cpu", "cpuacct", "memory", "pids", "freezer"}
+
+// Open makes the root group, parent being its path below the mount points
+// ("/fastcontainer"), and enables the controllers that containers need.
+func Open(parent string) (*Root, error) {
+	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup", "cgroup2"))
+	if err != nil {
+		return nil, fmt.Errorf("find cgroup mounts: %w", err)
+	}
+	r := &Root{v1: map[string]string{}}
+	unified := ""
+	for _, m := range mounts {
+		if m.FSType == "cgroup2" {
+			unified = m.Mountpoint
+			continue
+		}
+		for _, opt := range strings.Split(m.VFSOptions, ",") {
+			if slices.Contains(controllers, opt) && r.v1[opt] == "" {
+				r.v1[opt] = filepath.Join(m.Mountpoint, parent)
+			}
+		}
+	}
+	if len(r.v1) == 0 && unified != "" {
+		r.v2 = true
+		if err := r.openV2(unified, parent); err != nil {
+			return nil, err
+		}
+		return r, nil
+	}
+	for _, c := range controllers {
+		dir, ok := r.v1[c]
+		if !ok {
+			return nil, fmt.Errorf("the %s controller of cgroup v1 is not mounted", c)
+		}
+		if !slices.Contains(r.dirs, dir) {
+			r.dirs = append(r.dirs, dir)
+		}
+	}
+	for _, dir := range r.dirs {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return nil, fmt.Errorf("make cgroup: %w", err)
+		}
+	}
+	return r, nil
+}
+
+// openV2 makes the root group and hands every controller down to it. A process
+// in the parent (the daemon itself, under systemd) would forbid that, so
+// it is moved aside by the caller beforehand.
+func (r *Root) openV2(mount, parent string) error {
+	dir := mount
+	for _, part := range strings.Split(strings.Trim(parent, "/")+"/.", "/") {
+		if err := enableV2(dir); err != nil {
+			return err
+		}
+		if part == "." {
+			break
+		}
+		dir = filepath.Join(dir, part)
+		if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+			return fmt.Errorf("make cgroup: %w", err)
+		}
+	}
+	r.dirs = []string{dir}
+	return nil
+}
+
+func enableV2(dir string) error {
+	have, err := os.ReadFile(filepath.Join(dir, "cgroup.controllers"))
+	if err != nil {
+		return fmt.Errorf("read controllers: %w", err)
+	}
+	on, err := os.ReadFile(filepath.Join(dir, "cgroup.subtree_control"))
+	if err != nil {
+		return fmt.Errorf("read controllers: %w", err)
+	}
+	for _, c := range []string{"cpu", "memory", "pids"} {
+		if slices.Contains(strings.Fields(string(on)), c) {
+			continue
+		}
+		if !slices.Contains(strings.Fields(string(have)), c) {
+			return fmt.Errorf("cgroup %s lacks the %s controller: enable it in its parent's cgroup.subtree_control (systemd: Delegate=yes)", dir, c)
+		}
+		if err := write(filepath.Join(dir, "cgroup.subtree_control"), "+"+c); err != nil {
+			return fmt.Errorf("enable the %s controller in %s: %w", c, dir, err)
+		}
+	}
+	return nil
+}
+
+// V2 tells which version the host uses for containers.
+func (r *Root) V2() bool { return r.v2 }
+
+// Remove removes the root group itself, which must be empty.
+func (r *Root) Remove() error {
+	var errs []error
+	for _, dir := range r.dirs {
+		if err := syscall.Rmdir(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, fmt.Errorf("remove cgroup %s: %w", dir, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// List names the groups that exist.
+func (r *Root) List() ([]string, error) {
+	var names []string
+	for _, dir := range r.dirs {
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			return nil, fmt.Errorf("list cgroups: %w", err)
+		}
+		for _, e := range entries {
+			if e.IsDir() && !slices.Contains(names, e.Name()) {
+				names = append(names, e.Name())
+			}
+		}
+	}
+	return names, nil
+}
+
+// Group is the group of that name, which may or may not exist yet.
+func (r *Root) Group(name string) *Group { return &Group{root: r, name: name} }
+
+// Name of the group.
+func (g *Group) Name() string { return g.name }
+
+func (g *Group) dirs() []string {
+	dirs := make([]string, len(g.root.dirs))
+	for i, d := range g.root.dirs {
+		dirs[i] = filepath.Join(d, g.name)
+	}
+	return dirs
+}
+
+// file is the path of a file of one controller.
+func (g *Group) file(controller, name string) string {
+	if g.root.v2 {
+		return filepath.Join(g.root.dirs[0], g.name, name)
+	}
+	return filepath.Join(g.root.v1[controller], g.name, name)
+}
+
+// Create makes the group.
+func (g *Group) Create() error {
+	for _, dir := range g.dirs() {
+		if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+			return fmt.Errorf("make cgroup: %w", err)
+		}
+	}
+	return nil
+}
+
+// Open gives the directory of a v2 group, for clone into it; -1 on v1.
+func (g *Group) Open() (int, error) {
+	if !g.root.v2 {
+		return -1, nil
+	}
+	fd, err := unix.Open(g.dirs()[0], unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, fmt.Errorf("open cgroup %s: %w", g.name, err)
+	}
+	return fd, nil
+}
+
+// Add moves a process, with all of its threads, into the group.
+func (g *Group) Add(pid int) error {
+	for _, dir := range g.dirs() {
+		if err := write(filepath.Join(dir, "cgroup.procs"), strconv.Itoa(pid)); err != nil {
+			return fmt.Errorf("move process %d: %w", pid, err)
+		}
+	}
+	return nil
+}
+
+// Set changes the limits.
+func (g *Group) Set(l Limits) error {
+	return errors.Join(g.setCPU(l), g.setMemory(l.Memory), g.setPIDs(l.PIDs))
+}
+
+func (g *Group) setCPU(l Limits) error {
+	quota := int64(-1)
+	if l.CPU > 0 {
+		quota = max(int64(l.CPU*float64(period.Microseconds())), 1000) // the kernel's least
+	}
+	if g.root.v2 {
+		q := "max"
+		if quota > 0 {
+			q = strconv.FormatInt(quota, 10)
+		}
+		err := write(g.file("cpu", "cpu.max"), q+" "+strconv.FormatInt(period.Microseconds(), 10))
+		if l.CPUWeight > 0 {
+			err = errors.Join(err, write(g.file("cpu", "cpu.weight"), strconv.FormatUint(l.CPUWeight, 10)))
+		}
+		return err
+	}
+	// The period is 100 ms unless somebody changed it, so the quota alone says it.
+	err := write(g.file("cpu", "cpu.cfs_quota_us"), strconv.FormatInt(quota, 10))
+	if l.CPUWeight > 0 {
+		shares := max(l.CPUWeight*1024/100, 2)
+		err = errors.Join(err, write(g.file("cpu", "cpu.shares"), strconv.FormatUint(shares, 10)))
+	}
+	return err
+}
+
+func (g *Group) setMemory(limit int64) error {
+	if g.root.v2 {
+		v := "max"
+		if limit > 0 {
+			v = strconv.FormatInt(limit, 10)
+		}
+		err := write(g.file("memory", "memory.max"), v)
+		if serr := write(g.file("memory", "memory.swap.max"), "0"); serr != nil && !errors.Is(serr, fs.ErrNotExist) {
+			err = errors.Join(err, serr)
+		}
+		return err
+	}
+	v := "-1"
+	if limit > 0 {
+		v = strconv.FormatInt(limit, 10)
+	}
+	// Memory plus swap must never be below memory: what goes first depends on
+	// the direction, so a refused first try is repeated after the other.
+	plain, both := g.file("memory", "memory.limit_in_bytes"), g.file("memory", "memory.memsw.limit_in_bytes")
+	err := write(plain, v)
+	if serr := write(both, v); serr != nil && !errors.Is(serr, fs.ErrNotExist) {
+		return errors.Join(err, serr)
+	} else if serr == nil && err != nil {
+		err = write(plain, v)
+	}
+	return err
+}
+
+func (g *Group) setPIDs(n int64) error {
+	v := "max"
+	if n > 0 {
+		v = strconv.FormatInt(n, 10)
+	}
+	return write(g.file("pids", "pids.max"), v)
+}
+
+// Stats reads the numbers of the group. What cannot be read is named in the
+// error; the rest is good.
+func (g *Group) Stats() (Stats, error) {
+	var s Stats
+	var errs []error
+	number := func(controller, name string) int64 {
+		b, err := os.ReadFile(g.file(controller, name))
+		if err != nil {
+			errs = append(errs, err)
+			return 0
+		}
+		n, err := strconv.ParseInt(string(bytes.TrimSpace(b)), 10, 64)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("read %s: %w", name, err))
+		}
+		return n
+	}
+	table := func(controller, name string) map[string]uint64 {
+		m, err := readTable(g.file(controller, name))
+		if err != nil {
+			errs = append(errs, err)
+		}
+		return m
+	}
+	cpu := table("cpu", "cpu.stat")
+	s.Periods, s.ThrottledPeriods = cpu["nr_periods"], cpu["nr_throttled"]
+	if g.root.v2 {
+		s.CPUTime = time.Duration(cpu["usage_usec"]) * time.Microsecond       //nolint:gosec // far below 2^63
+		s.Throttled = time.Duration(cpu["throttled_usec"]) * time.Microsecond //nolint:gosec // far below 2^63
+		s.Memory = number("memory", "memory.current")
+		if b, err := os.ReadFile(g.file("memory", "memory.peak")); err == nil { // since Linux 5.19
+			s.MemoryPeak, _ = strconv.ParseInt(string(bytes.TrimSpace(b)), 10, 64)
+		}
+		s.OOMKills = table("memory", "memory.events")["oom_kill"]
+	} else {
+		s.Throttled = time.Duration(cpu["throttled_time"]) //nolint:gosec // far below 2^63
+		s.CPUTime = time.Duration(number("cpuacct", "cpuacct.usage"))
+		s.Memory = number("memory", "memory.usage_in_bytes")
+		s.MemoryPeak = number("memory", "memory.max_usage_in_bytes")
+		s.OOMKills = table("memory", "memory.oom_control")["oom_kill"]
+	}
+	s.PIDs = number("pids", "pids.current")
+	return s, errors.Join(errs...)
+}
+
+// OOMKills counts the processes of the group that the kernel killed for lack
+// of memory.
+func (g *Group) OOMKills() uint64 {
+	name := "memory.oom_control"
+	if g.root.v2 {
+		name = "memory.events"
+	}
+	m, _ := readTable(g.file("memory", name))
+	return m["oom_kill"]
+}
+
+// Freeze stops every process of the group, or lets them go on.
+func (g *Group) Freeze(ctx context.Context, on bool) error {
+	if g.root.v2 {
+		v, want := "0", uint64(0)
+		if on {
+			v, want = "1", 1
+		}
+		if err := write(g.file("freezer", "cgroup.freeze"), v); err != nil {
+			return err
+		}
+		if !on {
+			return nil
+		}
+		return poll(ctx, func() (bool, error) {
+			m, err := readTable(g.file("freezer", "cgroup.events"))
+			return m["frozen"] == want, err
+		})
+	}
+	want := "THAWED"
+	if on {
+		want = "FROZEN"
+	}
+	return poll(ctx, func() (bool, error) {
+		// On v1 a fork under way can keep a group FREEZING for ever; writing
+		// again pulls the newcomer in.
+		if err := write(g.file("freezer", "freezer.state"), want); err != nil {
+			return false, err
+		}
+		b, err := os.ReadFile(g.file("freezer", "freezer.state"))
+		return string(bytes.TrimSpace(b)) == want, err
+	})
+}
+
+// Processes lists the processes of the group.
+func (g *Group) Processes() ([]int, error) {
+	var pids []int
+	for _, dir := range g.dirs() {
+		b, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read processes: %w", err)
+		}
+		for _, f := range bytes.Fields(b) {
+			if pid, err := strconv.Atoi(string(f)); err == nil && !slices.Contains(pids, pid) {
+				pids = append(pids, pid)
+			}
+		}
+	}
+	return pids, nil
+}
+
+// Kill ends every process of the group, frozen ones too.
+func (g *Group) Kill() error {
+	if g.root.v2 {
+		err := write(g.file("", "cgroup.kill"), "1") // since Linux 5.14
+		if err == nil || errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+			return nil
+		}
+	}
+	pids, err := g.Processes()
+	for _, pid := range pids {
+		if kerr := unix.Kill(pid, unix.SIGKILL); kerr != nil && !errors.Is(kerr, unix.ESRCH) {
+			err = errors.Join(err, fmt.Errorf("kill process %d: %w", pid, kerr))
+		}
+	}
+	if !g.root.v2 {
+		_ = write(g.file("freezer", "freezer.state"), "THAWED") // a frozen process cannot die on v1
+	}
+	return err
+}
+
+// Remove kills what is left in the group and removes it. It may be repeated.
+func (g *Group) Remove(ctx context.Context) error {
+	return poll(ctx, func() (bool, error) {
+		busy := false
+		for _, dir := range g.dirs() {
+			switch err := removeTree(dir); {
+			case err == nil || errors.Is(err, fs.ErrNotExist):
+			case errors.Is(err, unix.EBUSY):
+				busy = true
+			default:
+				return false, fmt.Errorf("remove cgroup: %w", err)
+			}
+		}
+		if busy {
+			return false, g.Kill()
+		}
+		return true, nil
+	})
+}
+
+// removeTree removes a group with the groups that were made inside it.
+func removeTree(dir string) error {
+	err := syscall.Rmdir(dir)
+	if err == nil || !errors.Is(err, unix.EBUSY) {
+		return err
+	}
+	entries, rerr := os.ReadDir(dir)
+	if rerr != nil {
+		return err
+	}
+	below := false
+	for _, e := range entries {
+		if e.IsDir() {
+			below = true
+			_ = removeTree(filepath.Join(dir, e.Name()))
+		}
+	}
+	if below {
+		return syscall.Rmdir(dir)
+	}
+	return err
+}
+
+// poll asks at a growing pace until the answer is yes. The waits are short
+// because what is awaited (the end of killed processes) takes microseconds.
+func poll(ctx context.Context, done func() (bool, error)) error {
+	wait := 200 * time.Microsecond
+	for {
+		ok, err := done()
+		if ok || err != nil {
+			return err
+		}
+		t := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+			t.Stop()
+			return fmt.Errorf("wait for cgroup: %w", context.Cause(ctx))
+		case <-t.C:
+		}
+		wait = min(wait*2, 20*time.Millisecond)
+	}
+}
+
+func readTable(path string) (map[string]uint64, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	m := make(map[string]uint64, 8)
+	for line := range strings.Lines(string(b)) {
+		key, value, ok := strings.Cut(strings.TrimSpace(line), " ")
+		if !ok {
+			continue
+		}
+		if n, err := strconv.ParseUint(value, 10, 64); err == nil {
+			m[key] = n
+		}
+	}
+	return m, nil
+}
+
+// write puts a value into a control file with one write(2): the kernel takes
+// it whole or refuses it.
+func write(path, value string) error {
+	fd, err := unix.Open(path, unix.O_WRONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	defer func() { _ = unix.Close(fd) }()
+	if _, err := unix.Write(fd, []byte(value)); err != nil {
+		return &fs.PathError{Op: "write " + value + " to", Path: path, Err: err}
+	}
+	return nil
+}

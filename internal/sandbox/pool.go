@@ -1,0 +1,147 @@
+package sandbox
+
+import (
+	"context"
+	"sync"
+	"time"
+)
+
+// pool keeps sandboxes prepared ahead. A start takes one from the shelf; the
+// shelf is filled again in the background, to at least min and to twice the
+// starts of the last second.
+type pool struct {
+	n        *Native
+	min, max int
+	ctx      context.Context //nolint:containedctx // the life of the background work
+	cancel   context.CancelFunc
+	wg       sync.WaitGroup
+	kick     chan struct{}
+
+	mu     sync.Mutex
+	shelf  []*prepared
+	taken  []time.Time // of the last second
+	closed bool
+}
+
+func newPool(n *Native, least, most int) *pool {
+	p := &pool{n: n, min: least, max: most, kick: make(chan struct{}, 1)}
+	p.ctx, p.cancel = context.WithCancel(context.Background())
+	if least > 0 {
+		p.wg.Go(p.fill)
+		p.kick <- struct{}{}
+	}
+	return p
+}
+
+// take gives the freshest sandbox of the shelf, or makes one.
+func (p *pool) take(ctx context.Context) (*prepared, error) {
+	p.mu.Lock()
+	p.taken = append(p.taken, time.Now())
+	var s *prepared
+	for s == nil && len(p.shelf) > 0 {
+		last := len(p.shelf) - 1
+		s, p.shelf = p.shelf[last], p.shelf[:last]
+		select {
+		case <-s.ended: // somebody killed it on the shelf
+			dead := s
+			s = nil
+			p.wg.Go(func() { p.discard(dead) })
+		default:
+		}
+	}
+	p.mu.Unlock()
+	select {
+	case p.kick <- struct{}{}:
+	default:
+	}
+	if s != nil {
+		return s, nil
+	}
+	return p.n.prepare(ctx, true, p.n.usualCaps)
+}
+
+// want is how many should be on the shelf now. The caller holds the lock.
+func (p *pool) want(now time.Time) int {
+	recent := 0
+	for i, t := range p.taken {
+		if now.Sub(t) < time.Second {
+			recent = len(p.taken) - i
+			break
+		}
+	}
+	p.taken = p.taken[len(p.taken)-recent:]
+	return min(max(p.min, 2*recent), p.max)
+}
+
+// fill is the background work: it prepares what is missing, and retires what
+// is too much once nothing was taken for a while.
+func (p *pool) fill() {
+	for {
+		select {
+		case <-p.ctx.Done():
+			return
+		case <-p.kick:
+		case <-p.surplusTimer():
+		}
+		for p.ctx.Err() == nil && p.step() {
+		}
+	}
+}
+
+// surplusTimer wakes the filler when there is more on the shelf than the
+// least, so that a burst's surplus goes away; otherwise the pool sleeps.
+func (p *pool) surplusTimer() <-chan time.Time {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.shelf) > p.min {
+		return time.After(2 * time.Second)
+	}
+	return nil
+}
+
+// step adds one to the shelf or takes one away, and tells whether it did.
+func (p *pool) step() bool {
+	p.mu.Lock()
+	want, have := p.want(time.Now()), len(p.shelf)
+	var surplus *prepared
+	if have > want {
+		surplus, p.shelf = p.shelf[0], p.shelf[1:]
+	}
+	p.mu.Unlock()
+	switch {
+	case surplus != nil:
+		p.discard(surplus)
+		return true
+	case have == want:
+		return false
+	}
+	s, err := p.n.prepare(p.ctx, true, p.n.usualCaps)
+	if err != nil {
+		if p.ctx.Err() == nil {
+			p.n.log.Warn("prepare sandbox ahead", "error", err)
+		}
+		return false
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.shelf = append(p.shelf, s)
+	return true
+}
+
+func (p *pool) discard(s *prepared) {
+	if err := p.n.discard(s); err != nil {
+		p.n.log.Warn("discard prepared sandbox", "error", err)
+	}
+}
+
+func (p *pool) close() {
+	p.cancel()
+	p.wg.Wait()
+	p.mu.Lock()
+	shelf := p.shelf
+	p.shelf = nil
+	p.mu.Unlock()
+	for _, s := range shelf {
+		p.discard(s)
+	}
+}

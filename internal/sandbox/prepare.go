@@ -1,0 +1,246 @@
+package sandbox
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/fastcontainer/fastcontainer/internal/sandbox/cgroup"
+)
+
+// prepared is a sandbox before it knows what it will be: a machine inside
+// fresh namespaces, with its cgroup, its address, its uid range and its own
+// /proc, /sys and /dev at hand. It serves one container, ever.
+type prepared struct {
+	name    string // of its cgroup and its network link
+	machine *machine
+	group   *cgroup.Group
+	link    Link
+	uids    uidRange // size 0: no user namespace of its own
+	userns  *os.File
+	disk    *writable
+	// bounding is the set of capabilities that its programs may have.
+	bounding uint64
+	// ended is closed when the first process has ended.
+	ended chan struct{}
+
+	mu     sync.Mutex
+	status status
+	then   func(status)
+}
+
+// end is called by the reaper.
+func (p *prepared) end(s status, _ bool) {
+	p.mu.Lock()
+	p.status = s
+	then := p.then
+	close(p.ended)
+	p.mu.Unlock()
+	if then != nil {
+		then(s)
+	}
+}
+
+// whenEnded calls f once the first process has ended; f must not block.
+func (p *prepared) whenEnded(f func(status)) {
+	p.mu.Lock()
+	select {
+	case <-p.ended:
+		p.mu.Unlock()
+		f(p.status)
+		return
+	default:
+		p.then = f
+	}
+	p.mu.Unlock()
+}
+
+const idsPerSandbox = 65536
+
+// prepare makes a sandbox whose programs may have the given capabilities. Nothing is left if it fails.
+func (n *Native) prepare(ctx context.Context, userns bool, caps uint64) (_ *prepared, err error) {
+	p := &prepared{bounding: caps, name: "s" + strings.ToLower(rand.Text()[:10]), ended: make(chan struct{})}
+	n.own(p.name)
+	p.group = n.cgroups.Group(p.name)
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("prepare sandbox: %w", err), n.discard(p))
+		}
+	}()
+	if err := p.group.Create(); err != nil {
+		return nil, err
+	}
+	namespaces := uint64(unix.CLONE_NEWPID | unix.CLONE_NEWNS | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS | unix.CLONE_NEWNET)
+	if userns {
+		namespaces |= unix.CLONE_NEWUSER
+		if p.uids, err = n.uids.take(); err != nil {
+			return nil, err
+		}
+	}
+	if err := n.birth(ctx, p, namespaces); err != nil {
+		return nil, err
+	}
+	proc := "/proc/" + strconv.Itoa(p.machine.pid)
+	if userns {
+		line := fmt.Sprintf("0 %d %d\n", p.uids.base, p.uids.size)
+		for _, f := range []string{"/uid_map", "/gid_map"} {
+			if err := os.WriteFile(proc+f, []byte(line), 0); err != nil {
+				return nil, fmt.Errorf("map ids: %w", err)
+			}
+		}
+		if p.userns, err = os.Open(proc + "/ns/user"); err != nil {
+			return nil, fmt.Errorf("open user namespace: %w", err)
+		}
+	}
+	var resolvConf []byte
+	if n.network != nil {
+		resolvConf = n.network.ResolvConf()
+		netns, err := os.Open(proc + "/ns/net")
+		if err != nil {
+			return nil, fmt.Errorf("open network namespace: %w", err)
+		}
+		p.link, err = n.network.Attach(ctx, p.name, int(netns.Fd()))
+		_ = netns.Close()
+		if err != nil {
+			return nil, err
+		}
+	}
+	if p.disk, err = newWritable(int(p.uids.base), resolvConf); err != nil {
+		return nil, err
+	}
+	if err := p.machine.play(ctx, n.furnishTape(caps)); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+// birth forks the sandbox's first process and puts it into its cgroup.
+func (n *Native) birth(ctx context.Context, p *prepared, namespaces uint64) error {
+	dir, err := p.group.Open()
+	if err != nil {
+		return err
+	}
+	if dir >= 0 {
+		defer func() { _ = unix.Close(dir) }()
+	}
+	m, err := n.spawn(ctx, n.mother, namespaces, dir, p.end)
+	if err != nil {
+		return err
+	}
+	p.machine = m
+	if dir < 0 {
+		return p.group.Add(m.pid)
+	}
+	return nil
+}
+
+// spawn forks a child of a machine and watches over its end.
+func (n *Native) spawn(ctx context.Context, from *machine, namespaces uint64, cgroup int, ended func(status, bool)) (*machine, error) {
+	n.spawning.Lock()
+	m, err := from.spawn(ctx, namespaces, cgroup)
+	n.spawning.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	// It is our child and nobody has waited for it, so the number is its own.
+	pidfd, err := unix.PidfdOpen(m.pid, 0)
+	if err == nil {
+		if err = n.reaper.watch(pidfd, ended); err != nil {
+			_ = unix.Close(pidfd)
+		}
+	}
+	if err != nil {
+		_ = unix.Kill(m.pid, unix.SIGKILL)
+		m.close()
+		return nil, fmt.Errorf("watch sandbox: %w", err)
+	}
+	return m, nil
+}
+
+// letGo closes what a running container does not need.
+func (p *prepared) letGo() {
+	if p.userns != nil {
+		_ = p.userns.Close()
+		p.userns = nil
+	}
+	p.disk.close()
+}
+
+// discard removes a prepared sandbox that will not be used.
+func (n *Native) discard(p *prepared) error {
+	if p.machine != nil {
+		p.machine.close()
+	}
+	p.letGo()
+	return n.remove(context.Background(), p.name, p.group, p.link, p.uids, p.machine != nil, p.ended)
+}
+
+// The files and directories that the OCI runtime specification's defaults
+// hide or protect: they tell about the host or change it.
+var (
+	maskedFiles = []string{
+		"/new/proc/kcore", "/new/proc/keys", "/new/proc/latency_stats", "/new/proc/timer_list",
+		"/new/proc/timer_stats", "/new/proc/sched_debug", "/new/proc/interrupts", "/new/proc/kpagecount",
+		"/new/proc/kpageflags", "/new/proc/kpagecgroup", "/new/proc/sysrq-trigger",
+	}
+	maskedDirs = []string{
+		"/new/proc/acpi", "/new/proc/asound", "/new/proc/scsi", "/new/sys/firmware",
+		"/new/sys/devices/virtual/powercap", "/new/sys/kernel/debug", "/new/sys/kernel/tracing", "/new/sys/fs/bpf",
+	}
+	readonlyDirs = []string{"/new/proc/bus", "/new/proc/fs", "/new/proc/irq", "/new/proc/sys"}
+)
+
+// furnishTape makes what every container has: /proc, /sys and /dev, below
+// /new until the root filesystem is there.
+func (n *Native) furnishTape(caps uint64) *tape {
+	t := &tape{}
+	mount := func(name, source, target, fstype string, flags uint64, options string, mayFail ...uint64) {
+		nr := uint64(unix.SYS_MOUNT)
+		for _, f := range mayFail {
+			nr |= f
+		}
+		t.call(name, nr, t.str(source), t.str(target), t.str(fstype), num(flags), t.str(options))
+	}
+	const guarded = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
+
+	// Born as the host's root, which its ids do not contain: become its own.
+	t.call("drop groups", unix.SYS_SETGROUPS, num(0), num(0))
+	t.call("become root", unix.SYS_SETRESGID, num(0), num(0), num(0))
+	t.call("become root", unix.SYS_SETRESUID, num(0), num(0), num(0))
+	t.call("new session", unix.SYS_SETSID)
+	t.call("unshare cgroup namespace", unix.SYS_UNSHARE, num(unix.CLONE_NEWCGROUP))
+	// Nothing that is mounted here may reach another namespace, nor come from one.
+	mount("make mounts private", "", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
+
+	mount("mount proc", "proc", "/new/proc", "proc", guarded, "")
+	mount("mount sysfs", "sysfs", "/new/sys", "sysfs", guarded|unix.MS_RDONLY, "")
+	if n.cgroups.V2() {
+		mount("mount cgroup", "cgroup", "/new/sys/fs/cgroup", "cgroup2", guarded|unix.MS_RDONLY, "", opMayFail)
+	} else {
+		mount("mask cgroup", "/empty", "/new/sys/fs/cgroup", "", unix.MS_BIND, "", opMayFail)
+	}
+	for _, d := range readonlyDirs {
+		mount("protect "+d, d, d, "", unix.MS_BIND|unix.MS_REC, "", opMayFail)
+		mount("protect "+d, "", d, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|guarded, "", opMayFail)
+	}
+	for _, f := range maskedFiles {
+		mount("mask "+f, "/dev/null", f, "", unix.MS_BIND, "", opMayFail)
+	}
+	for _, d := range maskedDirs {
+		mount("mask "+d, "/empty", d, "", unix.MS_BIND, "", opMayFail)
+	}
+	mount("mount dev", "/dev", "/new/dev", "", unix.MS_BIND, "")
+	mount("mount devpts", "devpts", "/new/dev/pts", "devpts", unix.MS_NOSUID|unix.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5")
+	mount("mount shm", "shm", "/new/dev/shm", "tmpfs", guarded, "mode=1777,size=64m")
+	mount("mount mqueue", "mqueue", "/new/dev/mqueue", "mqueue", guarded, "")
+	dropCaps(t, n.allCaps, caps)
+	t.done()
+	return t
+}
