@@ -114,7 +114,7 @@ func (c *container) become(ctx context.Context, began time.Time) error {
 	if err := execute(ctx, p.machine, t, stdio, fds); err != nil {
 		return c.explain(err)
 	}
-	p.letGo()
+	c.n.letGo(p)
 	// It may have ended already; then nothing needs its start time any more.
 	c.started, _ = startTime(p.machine.pid)
 	c.timings.Exec = time.Since(mounted)

@@ -79,6 +79,8 @@ type Native struct {
 	workshop    *stage
 	overlayByFD bool
 	pool        *pool
+	// background is what goes on after a start, off its path.
+	background sync.WaitGroup
 	// allCaps are this kernel's capabilities, usualCaps what containers get.
 	allCaps, usualCaps uint64
 	// filters are compiled seccomp programs by capability set.
@@ -201,6 +203,7 @@ func (n *Native) Close() error {
 	if n.pool != nil {
 		n.pool.close()
 	}
+	n.background.Wait()
 	if n.mother != nil {
 		n.mother.close()
 	}

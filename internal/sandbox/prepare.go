@@ -26,6 +26,7 @@ type prepared struct {
 	uids    uidRange // size 0: no user namespace of its own
 	userns  *os.File
 	disk    *writable
+	garbage []int // descriptors to be closed once it runs
 	// bounding is the set of capabilities that its programs may have.
 	bounding uint64
 	// ended is closed when the first process has ended.
@@ -164,13 +165,24 @@ func (n *Native) spawn(ctx context.Context, from *machine, namespaces uint64, cg
 	return m, nil
 }
 
-// letGo closes what a running container does not need.
-func (p *prepared) letGo() {
-	if p.userns != nil {
-		_ = p.userns.Close()
-		p.userns = nil
+// letGo closes what a running container does not need. It does so in the
+// background: closing a mount waits until no processor of the host can still
+// be looking at it.
+func (n *Native) letGo(p *prepared) {
+	garbage := p.garbage
+	p.garbage = nil
+	if p.disk != nil {
+		garbage = append(garbage, p.disk.fd)
+		p.disk = nil
 	}
-	p.disk.close()
+	userns := p.userns
+	p.userns = nil
+	n.background.Go(func() {
+		closeAll(garbage)
+		if userns != nil {
+			_ = userns.Close()
+		}
+	})
 }
 
 // discard removes a prepared sandbox that will not be used.
@@ -178,7 +190,7 @@ func (n *Native) discard(p *prepared) error {
 	if p.machine != nil {
 		p.machine.close()
 	}
-	p.letGo()
+	n.letGo(p)
 	return n.remove(context.Background(), p.name, p.group, p.link, p.uids, p.machine != nil, p.ended)
 }
 

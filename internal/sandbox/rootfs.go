@@ -90,18 +90,13 @@ func (w *writable) write(name string, content []byte) error {
 	return unix.Fchown(fd, w.owner, w.owner)
 }
 
-func (w *writable) close() {
-	if w != nil && w.fd >= 0 {
-		_ = unix.Close(w.fd)
-		w.fd = -1
-	}
-}
+func (w *writable) close() { _ = unix.Close(w.fd) }
 
 // mountRoot makes the root filesystem of a container and gives it as a
 // detached mount: an overlay of its layers below the writable one.
 func (n *Native) mountRoot(spec *Spec, p *prepared) (root, error) {
 	layers := make([]int, 0, len(spec.Layers))
-	defer func() { closeAll(layers) }()
+	defer func() { p.garbage = append(p.garbage, layers...) }()
 	for _, dir := range spec.Layers {
 		fd, err := cloneMount(dir, p, true)
 		if err != nil {
