@@ -77,7 +77,7 @@ func Tar(t testing.TB, entries ...Entry) []byte {
 		if h.Typeflag == tar.TypeReg {
 			h.Size = int64(len(e.Body))
 		}
-		if h.ModTime.IsZero() {
+		if h.ModTime.IsZero() && h.Typeflag != tar.TypeXGlobalHeader {
 			h.ModTime = time.Unix(1_700_000_000, 0)
 		}
 		if err := w.WriteHeader(&h); err != nil {
