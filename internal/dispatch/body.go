@@ -17,7 +17,6 @@ type slowBody struct {
 	x     *exchange
 	begun time.Time
 	got   int64
-	last  time.Time // when the deadline was last set
 }
 
 func (s *slowBody) start() { s.begun = time.Now() }
@@ -33,6 +32,10 @@ func (s *slowBody) Read(p []byte) (int, error) {
 	}
 	s.x.readDeadline(due)
 	n, err := s.x.r.Body.Read(p)
+	if err == nil && s.x.r.ProtoMajor == 2 {
+		// There it ends the body even while nobody reads.
+		s.x.readDeadline(time.Time{})
+	}
 	s.got += int64(n)
 	if limit := cfg.MaxBody; limit > 0 && s.got > limit {
 		return 0, errBodySize

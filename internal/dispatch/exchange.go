@@ -51,8 +51,13 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	x.conn, _ = r.Context().Value(connKey{}).(*clientConn)
 	s.metrics.inFlight.Add(1)
 	x.serve()
-	s.metrics.inFlight.Add(-1)
 	x.report()
+	if s.metrics.inFlight.Add(-1) == 0 && s.draining.Load() {
+		select {
+		case s.idle <- struct{}{}:
+		default:
+		}
+	}
 	cut := x.cut
 	*x = exchange{}
 	exchanges.Put(x)

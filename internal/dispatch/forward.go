@@ -106,6 +106,7 @@ type transfer struct {
 	pump     *pump
 	reuse    bool
 	upgraded bool
+	armed    bool        // an HTTP/2 write deadline is set
 	ending   atomic.Bool // Closing cut the connection
 }
 
@@ -354,6 +355,7 @@ func (t *transfer) copyStream(src io.Reader, left *int64) error {
 					return err
 				}
 			}
+			t.disarm()
 			c.allow(time.Now(), silence)
 		}
 		if reads == 3 && !t.head.events {
@@ -388,11 +390,25 @@ func (t *transfer) copyStream(src io.Reader, left *int64) error {
 // on HTTP/1.1 clientConn does so.
 func (t *transfer) writeTimed(p []byte) error {
 	if t.x.r.ProtoMajor == 2 {
-		if w, ok := t.x.w.(interface{ SetWriteDeadline(time.Time) error }); ok {
-			_ = w.SetWriteDeadline(time.Now().Add(t.x.s.cfg.WriteTimeout))
-		}
+		t.armed = true
+		t.writeDeadline(time.Now().Add(t.x.s.cfg.WriteTimeout))
 	}
 	return t.write(p)
+}
+
+// disarm lifts the bound while there is nothing to write: HTTP/2 would end the
+// stream at that time in any case.
+func (t *transfer) disarm() {
+	if t.armed {
+		t.armed = false
+		t.writeDeadline(time.Time{})
+	}
+}
+
+func (t *transfer) writeDeadline(at time.Time) {
+	if w, ok := t.x.w.(interface{ SetWriteDeadline(time.Time) error }); ok {
+		_ = w.SetWriteDeadline(at)
+	}
 }
 
 // endOn cuts the connection to the instance when the stream is to end.

@@ -481,13 +481,13 @@ func TestForward_SilentInstance(t *testing.T) {
 
 func TestForward_InstanceLeavesWhileBusy(t *testing.T) {
 	f := newFront(t, nil)
-	in := f.raw(func(c net.Conn) { _, _ = io.Copy(io.Discard, c) })
-	go func() {
-		for f.app.acquired.Load() == 0 {
-			time.Sleep(time.Millisecond)
-		}
-		_ = in.upstream.Close()
-	}()
+	got := make(chan struct{})
+	in := f.raw(func(c net.Conn) {
+		_, _ = c.Read(make([]byte, 1))
+		close(got)
+		_, _ = io.Copy(io.Discard, c)
+	})
+	go func() { <-got; _ = in.upstream.Close() }()
 	res, _ := get(t, f.client("h1"), "http://app.test/")
 	if res.StatusCode != 502 {
 		t.Errorf("got %d", res.StatusCode)

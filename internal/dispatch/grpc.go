@@ -18,7 +18,8 @@ func (x *exchange) forwardGRPC(in *instance) result {
 	ctx, cancel := context.WithCancelCause(r.Context())
 	defer cancel(nil)
 	h := x.grpcHeader()
-	body := &grpcBody{slowBody: slowBody{x: x}}
+	body := &grpcBody{r: r, w: x.w, limit: x.s.cfg.MaxBody}
+	defer body.leave()
 	out := (&http.Request{
 		Method: r.Method, URL: &url.URL{Scheme: "http", Host: in.addr, Path: r.URL.Path, RawPath: r.URL.RawPath, RawQuery: r.URL.RawQuery},
 		Host: r.Host, Header: h, Body: body, ContentLength: r.ContentLength, Trailer: r.Trailer,
@@ -35,6 +36,7 @@ func (x *exchange) forwardGRPC(in *instance) result {
 		case <-done:
 		case <-x.lease.Closing():
 			cancel(errInstanceGone)
+			_ = body.Close() // the transport waits for it
 		}
 	})
 	defer func() { close(done); watch.Wait() }()
@@ -64,6 +66,9 @@ func (x *exchange) forwardGRPC(in *instance) result {
 	x.serverTiming(to)
 	x.code = res.StatusCode
 	x.w.WriteHeader(res.StatusCode)
+	if res.ContentLength == 0 {
+		return result{} // what ends the call is in the header, so that must be the end
+	}
 	t := transfer{x: x}
 	buf := copies.Get().(*[]byte)
 	defer copies.Put(buf)
@@ -79,6 +84,7 @@ func (x *exchange) forwardGRPC(in *instance) result {
 			if werr := t.flush(); werr != nil {
 				return result{left: true, err: werr}
 			}
+			t.disarm()
 		}
 		if err == io.EOF {
 			break
@@ -147,18 +153,45 @@ func (x *exchange) grpcFailed(ctx context.Context, err error) result {
 	return result{broken: true, code: http.StatusBadGateway, why: refusedGateway, err: err}
 }
 
-// grpcBody is the body of a call. A stream may be silent for long.
-type grpcBody struct{ slowBody }
+// grpcBody is the body of a call. A stream may be silent for long. The
+// transport may still hold it when the exchange is over.
+type grpcBody struct {
+	r     *http.Request
+	w     http.ResponseWriter
+	limit int64 // 0: none
+	got   int64
+
+	mu   sync.Mutex
+	used bool // it has been read: another instance cannot have it
+	over bool // w must not be touched any more
+}
 
 func (b *grpcBody) Read(p []byte) (int, error) {
-	cfg := &b.x.s.cfg
-	n, err := b.x.r.Body.Read(p)
+	b.mu.Lock()
+	b.used = true
+	b.mu.Unlock()
+	n, err := b.r.Body.Read(p)
 	b.got += int64(n)
-	if cfg.MaxBody > 0 && b.x.r.ContentLength >= 0 && b.got > cfg.MaxBody {
+	if b.limit > 0 && b.r.ContentLength >= 0 && b.got > b.limit {
 		return 0, errBodySize
 	}
 	return n, err
 }
 
-// Close leaves the body to net/http's server.
-func (b *grpcBody) Close() error { return nil }
+// Close ends a Read that waits.
+func (b *grpcBody) Close() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if w, ok := b.w.(interface{ SetReadDeadline(time.Time) error }); ok && b.used && !b.over {
+		return w.SetReadDeadline(longAgo)
+	}
+	return nil
+}
+
+// leave is called at the end of the exchange.
+func (b *grpcBody) leave() {
+	_ = b.Close()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.over = true
+}

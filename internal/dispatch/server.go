@@ -33,9 +33,12 @@ type Server struct {
 
 	stopping chan struct{} // closed when long-lived streams are to end
 	stopOnce sync.Once
-	tunnels  sync.WaitGroup
-	tmu      sync.Mutex
-	open     map[*tunnel]struct{}
+	draining atomic.Bool
+	idle     chan struct{} // told while draining that no request is in flight
+
+	tmu  sync.Mutex
+	open map[*tunnel]struct{}
+	cut  bool // tunnels are to end at once
 }
 
 // Listener is where clients come in.
@@ -55,6 +58,7 @@ func New(cfg Config, router Router, logger *slog.Logger, reg prometheus.Register
 		cfg: cfg, router: router, log: logger,
 		peers:    newPeerTable(),
 		stopping: make(chan struct{}),
+		idle:     make(chan struct{}, 1),
 		open:     map[*tunnel]struct{}{},
 	}
 	var err error
@@ -132,6 +136,7 @@ func (s *Server) Serve(ctx context.Context, listeners ...Listener) error {
 
 func (s *Server) drain(ctx context.Context) {
 	s.ready.Store(false)
+	s.draining.Store(true)
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.DrainTimeout)
 	defer cancel()
 	s.stopOnce.Do(func() { close(s.stopping) })
@@ -139,19 +144,26 @@ func (s *Server) drain(ctx context.Context) {
 		s.log.Warn("requests cut at the end of draining", "in_flight", s.metrics.inFlight.Load(), "limit", s.cfg.DrainTimeout)
 		_ = s.http.Close()
 	}
-	done := make(chan struct{})
-	var waiter sync.WaitGroup
-	waiter.Go(func() { s.tunnels.Wait(); close(done) })
-	select {
-	case <-done:
-	case <-ctx.Done():
-		s.tmu.Lock()
-		for t := range s.open {
-			t.cut()
+	// Upgraded connections are not net/http's any more; each is a request of
+	// ours in flight, like those that it still runs.
+	limit := ctx.Done()
+	for s.metrics.inFlight.Load() > 0 {
+		select {
+		case <-s.idle:
+		case <-limit:
+			limit = nil
+			s.cutTunnels()
 		}
-		s.tmu.Unlock()
 	}
-	waiter.Wait()
+}
+
+func (s *Server) cutTunnels() {
+	s.tmu.Lock()
+	defer s.tmu.Unlock()
+	s.cut = true
+	for t := range s.open {
+		t.cut()
+	}
 }
 
 func (s *Server) trusts(a netip.Addr) bool {

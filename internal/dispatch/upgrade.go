@@ -85,7 +85,9 @@ func (t *tunnel) run(early []byte, closing <-chan struct{}) {
 	s := t.s
 	s.tmu.Lock()
 	s.open[t] = struct{}{}
-	s.tunnels.Add(1)
+	if s.cut {
+		t.cut()
+	}
 	s.tmu.Unlock()
 	s.metrics.tunnels.Add(1)
 	defer func() {
@@ -95,7 +97,6 @@ func (t *tunnel) run(early []byte, closing <-chan struct{}) {
 		delete(s.open, t)
 		s.tmu.Unlock()
 		s.metrics.tunnels.Add(-1)
-		s.tunnels.Done()
 	}()
 
 	done := make(chan struct{})
