@@ -2,8 +2,11 @@ package image
 
 import (
 	"bytes"
+	"os"
 	"testing"
+	"time"
 
+	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 )
@@ -29,4 +32,22 @@ func zst(t testing.TB, data []byte) []byte {
 	}
 	defer w.Close()
 	return w.EncodeAll(data, nil)
+}
+
+func mustTag(t testing.TB, ref string) name.Reference {
+	t.Helper()
+	r, err := name.ParseReference(ref, name.Insecure)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+func modTime(t testing.TB, path string) time.Time {
+	t.Helper()
+	st, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return st.ModTime()
 }

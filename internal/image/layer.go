@@ -42,6 +42,8 @@ func (s *Store) layer(ctx context.Context, l planLayer, b *unpack.Budget, report
 		}
 		defer unlock()
 		if release, ok := s.present(l.diffID); ok {
+			// A crash may have come between the layer's birth and its blob's end.
+			_ = os.Remove(s.path("partial", hexOf(l.blob)))
 			report(PhasePresent, l.size, l.size)
 			return l.diffID, release, nil
 		}
