@@ -769,3 +769,80 @@ func (g *trigger) Write(p []byte) (int, error) {
 	}
 	return n, err
 }
+
+func TestResolve_WhereHeadIsNotAllowed(t *testing.T) {
+	t.Parallel()
+	f := startFaulty(t)
+	img := twoLayers(t, "x")
+	ref := it.Push(t, f.Host, "app", img)
+	f.set(func(w http.ResponseWriter, r *http.Request, _ http.Handler) bool {
+		if r.Method == http.MethodHead {
+			w.WriteHeader(http.StatusMethodNotAllowed)
+		}
+		return r.Method == http.MethodHead
+	})
+	s := openStore(t, t.TempDir(), Options{})
+	if d, err := s.Resolve(t.Context(), ref); err != nil || string(d) != it.Digest(t, img) {
+		t.Errorf("resolved %s: %v", d, err)
+	}
+	if f.blobs.Load() != 0 {
+		t.Error("resolving downloaded blobs")
+	}
+}
+
+func TestGC_GraceCountsFromTheLastPull(t *testing.T) {
+	t.Parallel()
+	f := startFaulty(t)
+	ref := it.Push(t, f.Host, "app", twoLayers(t, "x"))
+	s := openStore(t, t.TempDir(), Options{Grace: time.Hour})
+	img := mustPull(t, s, ref)
+	age := func(touched time.Time) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		rec := s.images[img.Digest]
+		rec.PulledAt = time.Now().Add(-2 * time.Hour)
+		s.images[img.Digest] = rec
+		s.touched[img.Digest] = touched
+	}
+	age(time.Now().Add(-2 * time.Hour))
+	mustPull(t, s, ref)
+	if res, err := s.GC(t.Context(), nil); err != nil || len(res.Images) != 0 {
+		t.Errorf("collected in its grace: %+v %v", res, err)
+	}
+	age(time.Now().Add(-2 * time.Hour))
+	if res, err := s.GC(t.Context(), nil); err != nil || len(res.Images) != 1 {
+		t.Errorf("not collected after its grace: %+v %v", res, err)
+	}
+}
+
+// Not parallel: it counts the file descriptors of the whole process.
+func TestStore_LeavesNoFileOpen(t *testing.T) {
+	good := it.DockerArchive(t, twoLayers(t, "x"))
+	layout := it.Layout(t, twoLayers(t, "y"))
+	bad := filepath.Join(t.TempDir(), "bad.tar.gz")
+	if err := os.WriteFile(bad, gz(t, it.Tar(t, it.File("ok", "x"), it.File("../up", "x"))), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	open := func() int { return len(readDir(t, "/proc/self/fd")) }
+	life := func() {
+		s := openStore(t, t.TempDir(), Options{})
+		for _, ref := range []string{"tar:" + good, "oci:" + layout, "tar:" + bad, "dir:" + layout, "dir:/nowhere"} {
+			_, _ = s.Resolve(t.Context(), ref)
+			_, _ = s.Pull(t.Context(), ref, nil)
+		}
+		if _, err := s.GC(t.Context(), nil); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	life()
+	before := open()
+	for range 5 {
+		life()
+	}
+	if after := open(); after != before {
+		t.Errorf("%d file descriptors before, %d after", before, after)
+	}
+}

@@ -425,7 +425,8 @@ func (s *Store) commitRef(ref refRecord) (Image, error) {
 	if !ok {
 		return Image{}, errors.New("the image was removed while it was pulled")
 	}
-	s.refs[ref.Ref] = ref
+	s.setRefLocked(ref)
+	s.touched[ref.Digest] = time.Now()
 	return s.imageLocked(rec), nil
 }
 

@@ -88,8 +88,10 @@ type Store struct {
 	closed  bool
 	images  map[fleet.Digest]record
 	refs    map[string]refRecord
-	layers  map[string]layerInfo // by hex of the diff id
-	using   map[string]int       // layers (hex) and blobs ("blob:"+hex) that a pull needs
+	refsOf  map[fleet.Digest][]string  // the same by image, sorted
+	touched map[fleet.Digest]time.Time // last pull that found it present
+	layers  map[string]layerInfo       // by hex of the diff id
+	using   map[string]int             // layers (hex) and blobs ("blob:"+hex) that a pull needs
 	held    map[fleet.Digest]int
 	flights map[string]*flight
 }
@@ -127,6 +129,7 @@ func Open(dir string, o Options) (*Store, error) {
 		dir: dir, opts: o, log: cmp.Or(o.Logger, slog.New(slog.DiscardHandler)),
 		flusher: &diskSync{dir: dir},
 		images:  map[fleet.Digest]record{}, refs: map[string]refRecord{}, layers: map[string]layerInfo{},
+		refsOf: map[fleet.Digest][]string{}, touched: map[fleet.Digest]time.Time{},
 		using: map[string]int{}, held: map[fleet.Digest]int{}, flights: map[string]*flight{},
 	}
 	s.opts.MaxSize = cmp.Or(o.MaxSize, 8<<30)
@@ -312,9 +315,32 @@ func (s *Store) loadRefs() error {
 			}
 			continue
 		}
-		s.refs[r.Ref] = r
+		s.setRefLocked(r)
 	}
 	return nil
+}
+
+// setRefLocked notes what a reference means. s.mu is held, or not needed yet.
+func (s *Store) setRefLocked(r refRecord) {
+	s.dropRefLocked(r.Ref)
+	s.refs[r.Ref] = r
+	list := append(slices.Clone(s.refsOf[r.Digest]), r.Ref)
+	slices.Sort(list)
+	s.refsOf[r.Digest] = list
+}
+
+// dropRefLocked forgets a reference. s.mu is held.
+func (s *Store) dropRefLocked(name string) {
+	r, ok := s.refs[name]
+	if !ok {
+		return
+	}
+	delete(s.refs, name)
+	// Images that were handed out share the old list: it is never changed.
+	list := slices.DeleteFunc(slices.Clone(s.refsOf[r.Digest]), func(n string) bool { return n == name })
+	if s.refsOf[r.Digest] = list; len(list) == 0 {
+		delete(s.refsOf, r.Digest)
+	}
 }
 
 func (s *Store) imagePath(d fleet.Digest) string {
@@ -366,13 +392,7 @@ func (s *Store) Get(d fleet.Digest) (Image, error) {
 // imageLocked copies what callers may keep. s.mu is held.
 func (s *Store) imageLocked(rec record) Image {
 	img := rec.Image
-	img.Refs = nil
-	for _, r := range s.refs {
-		if r.Digest == img.Digest {
-			img.Refs = append(img.Refs, r.Ref)
-		}
-	}
-	slices.Sort(img.Refs)
+	img.Refs = s.refsOf[img.Digest]
 	img.Layers = slices.Clone(img.Layers)
 	return img
 }
@@ -381,17 +401,9 @@ func (s *Store) imageLocked(rec record) Image {
 func (s *Store) List() ([]Image, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	refs := map[fleet.Digest][]string{}
-	for _, r := range s.refs {
-		refs[r.Digest] = append(refs[r.Digest], r.Ref)
-	}
 	out := make([]Image, 0, len(s.images))
 	for _, rec := range s.images {
-		img := rec.Image
-		img.Refs = refs[img.Digest]
-		slices.Sort(img.Refs)
-		img.Layers = slices.Clone(img.Layers)
-		out = append(out, img)
+		out = append(out, s.imageLocked(rec))
 	}
 	slices.SortFunc(out, func(a, b Image) int {
 		return cmp.Or(b.PulledAt.Compare(a.PulledAt), cmp.Compare(a.Digest, b.Digest))
@@ -454,7 +466,11 @@ func (s *Store) GC(ctx context.Context, keep []fleet.Digest) (GCResult, error) {
 	}
 	now := time.Now()
 	res, err := s.sweep(ctx, func(rec record) bool {
-		return !kept[rec.Digest] && (s.opts.Grace == 0 || now.Sub(rec.PulledAt) > s.opts.Grace)
+		last := rec.PulledAt
+		if t := s.touched[rec.Digest]; t.After(last) { // sweep holds s.mu
+			last = t
+		}
+		return !kept[rec.Digest] && (s.opts.Grace == 0 || now.Sub(last) > s.opts.Grace)
 	}, true)
 	return res, s.explain("collect images", s.dir, err)
 }
@@ -489,12 +505,13 @@ func (s *Store) sweep(ctx context.Context, drop func(record) bool, partials bool
 		if drop(rec) && s.held[d] == 0 && s.using["image:"+string(d)] == 0 {
 			images = append(images, rec)
 			delete(s.images, d)
+			delete(s.touched, d)
 		}
 	}
 	for name, r := range s.refs {
 		if _, ok := s.images[r.Digest]; !ok {
 			refs = append(refs, name)
-			delete(s.refs, name)
+			s.dropRefLocked(name)
 		}
 	}
 	used := map[string]bool{}

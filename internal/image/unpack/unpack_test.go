@@ -53,7 +53,7 @@ func layerDir(t testing.TB) (dir string, untouched func()) {
 	}
 }
 
-func budget() *unpack.Budget { return unpack.NewBudget(64<<20, 10_000) }
+func budget() *unpack.Budget { return unpack.NewBudget(8<<20, 10_000) }
 
 func untar(t testing.TB, dir string, entries ...it.Entry) (unpack.Result, error) {
 	t.Helper()
@@ -114,8 +114,8 @@ func TestTar_HostileLayersAreRefused(t *testing.T) {
 		"negative owner":               {owner(it.File("f", ""), -5, 0)},
 		"device that cannot be":        {device("d", 1<<20, 1)},
 		"unknown type":                 {{Header: tar.Header{Typeflag: 'Z', Name: "f"}}},
-		"file larger than the budget":  {it.File("f", strings.Repeat("x", 65<<20))},
-		"files larger than the budget": {it.File("f", strings.Repeat("x", 33<<20)), it.File("g", strings.Repeat("x", 33<<20))},
+		"file larger than the budget":  {it.File("f", strings.Repeat("x", 9<<20))},
+		"files larger than the budget": {it.File("f", strings.Repeat("x", 5<<20)), it.File("g", strings.Repeat("x", 5<<20))},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
