@@ -206,10 +206,15 @@ func (u *unpacker) run(tr *tar.Reader) error {
 			return streamError(err)
 		}
 		u.entries++
-		if err := u.budget.charge(hdr.Size + entryCost); err != nil {
+		size := hdr.Size
+		switch hdr.Typeflag {
+		case tar.TypeLink, tar.TypeSymlink, tar.TypeDir, tar.TypeChar, tar.TypeBlock, tar.TypeFifo:
+			size = 0 // some writers repeat the target's
+		}
+		if err := u.budget.charge(size + entryCost); err != nil {
 			return err
 		}
-		u.size += hdr.Size
+		u.size += size
 		if err := u.entry(hdr, tr); err != nil {
 			return fmt.Errorf("entry %s: %w", quote(hdr.Name), err)
 		}
