@@ -846,3 +846,46 @@ func TestStore_LeavesNoFileOpen(t *testing.T) {
 		t.Errorf("%d file descriptors before, %d after", before, after)
 	}
 }
+
+// Registries of the public kind hand out tokens, which expire in mid pull.
+func TestPull_Tokens(t *testing.T) {
+	t.Parallel()
+	f := startFaulty(t)
+	ref := it.Push(t, f.Host, "app", bigImage(t, 12))
+	var given atomic.Int64
+	f.set(func(w http.ResponseWriter, r *http.Request, h http.Handler) bool {
+		if r.URL.Path == "/token" {
+			user, password, _ := r.BasicAuth()
+			if user != "alice" || password != "s3cret" {
+				w.WriteHeader(http.StatusUnauthorized)
+				return true
+			}
+			_, _ = fmt.Fprintf(w, `{"token":"token-%d"}`, given.Add(1))
+			return true
+		}
+		token := r.Header.Get("Authorization")
+		// The first token is good for the manifest only.
+		if token == "" || isBlob(r) && token == "Bearer token-1" {
+			w.Header().Set("WWW-Authenticate", `Bearer realm="http://`+f.Host+`/token",service="test",scope="repository:app:pull"`)
+			w.WriteHeader(http.StatusUnauthorized)
+			return true
+		}
+		return false
+	})
+	s := openStore(t, t.TempDir(), Options{Keychain: fixed{authn.AuthConfig{Username: "alice", Password: "s3cret"}}})
+	mustPull(t, s, ref)
+	if given.Load() < 2 {
+		t.Error("the token was not renewed")
+	}
+	s = openStore(t, t.TempDir(), Options{Keychain: fixed{authn.AuthConfig{Username: "alice", Password: "wrong"}}})
+	if _, err := s.Pull(t.Context(), ref, nil); !errors.Is(err, fleet.ErrDenied) {
+		t.Errorf("with a wrong password: %v", err)
+	}
+}
+
+// fixed knows one login for every registry.
+type fixed struct{ c authn.AuthConfig }
+
+func (f fixed) Resolve(authn.Resource) (authn.Authenticator, error) {
+	return authn.FromConfig(f.c), nil
+}
