@@ -71,7 +71,7 @@ func (x *exchange) readDeadline(t time.Time) {
 
 // framingBroken tells whether err is what the framing check said.
 func (c *clientConn) framingBroken(err error) bool {
-	for _, e := range []error{errLineEnd, errFolded, errLength, errCoding, errChunk, errTooBig, errTrailer, errBadBytes} {
+	for _, e := range []error{errLineEnd, errFolded, errLength, errCoding, errChunk, errTooBig, errTrailer, errVersion, errBadBytes} {
 		if errors.Is(err, e) {
 			return true
 		}

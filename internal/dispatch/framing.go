@@ -52,6 +52,7 @@ var (
 	errChunk    = errors.New("malformed chunk")
 	errTooBig   = errors.New("header line too long or too many of them")
 	errTrailer  = errors.New("field not allowed in trailer")
+	errVersion  = errors.New("version other than HTTP/1.1 and HTTP/1.0")
 	errBadBytes = errors.New("control character in header")
 )
 
@@ -134,7 +135,10 @@ func (f *framing) line(b []byte) error {
 		}
 		f.state, f.lines, f.size = inHeader, 0, n
 		f.length, f.chunked, f.upgrade = -1, false, false
-		f.http10 = bytes.HasSuffix(b, []byte("HTTP/1.0"))
+		f.http10 = bytes.HasSuffix(b, []byte(" HTTP/1.0"))
+		if !f.http10 && !bytes.HasSuffix(b, []byte(" HTTP/1.1")) {
+			return errVersion
+		}
 		return nil
 	case inHeader:
 		if n == 0 {
