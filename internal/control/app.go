@@ -1,0 +1,597 @@
+package control
+
+import (
+	"container/list"
+	"context"
+	"errors"
+	"io"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/fastcontainer/fastcontainer/internal/fleet"
+	"github.com/fastcontainer/fastcontainer/internal/homeostat"
+)
+
+// App is one app on this node: its ready instances, the requests that wait for
+// one, and the starts under way.
+type App struct {
+	k     *Control
+	name  fleet.AppName
+	hosts []string // guarded by k.mu
+
+	mu      sync.Mutex
+	rev     fleet.Revision
+	policy  homeostat.Policy
+	stopped bool
+	removed bool
+	ready   []*member
+	waiting *list.List // of *hold; nil while nobody waits
+	// starting counts starts under way; those of successors are not for holds
+	// alone.
+	starting int
+	failures int
+	failedAt time.Time
+	lastErr  error
+	timer    *time.Timer // wakes judge; nil while there is no instance
+}
+
+// member is one ready instance of an app.
+type member struct {
+	app  *App
+	inst Instance
+	info fleet.Instance
+	// upstream is the front door's.
+	upstream io.Closer
+
+	inflight  int
+	unused    time.Time // end of the last response
+	retiring  bool
+	replacing string        // why a successor is under way; "" if none is
+	quiet     chan struct{} // closed when retiring and nothing is in flight
+	closing   chan struct{} // closed when long-lived streams must end
+}
+
+// hold is one waiting request.
+type hold struct {
+	arrived time.Time
+	done    chan struct{} // closed once lease or err is set
+	lease   *Lease
+	err     error
+}
+
+// Lease is a slot on an instance: see dispatch.Lease, whose methods it has.
+type Lease struct {
+	m      *member
+	stages *fleet.Stages
+}
+
+// Name of the app.
+func (a *App) Name() fleet.AppName { return a.name }
+
+// Acquire claims a slot for one request: see dispatch.Target.
+func (a *App) Acquire(ctx context.Context, arrived time.Time) (*Lease, error) {
+	if a.k.closed.Load() {
+		return nil, &fleet.Error{Op: "route to", Subject: string(a.name), Kind: fleet.ErrUnavailable, Err: errShutdown}
+	}
+	a.mu.Lock()
+	if m := a.free(); m != nil && a.waiting == nil {
+		m.inflight++
+		a.mu.Unlock()
+		return &Lease{m: m}, nil
+	}
+	h, place, err := a.hold(arrived)
+	a.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	return a.wait(ctx, h, place)
+}
+
+// hold queues a request and sees to it that it will be served. The caller
+// holds the lock.
+func (a *App) hold(arrived time.Time) (*hold, *list.Element, error) {
+	if a.stopped || a.removed {
+		return nil, nil, &fleet.Error{Op: "route to", Subject: string(a.name), Kind: fleet.ErrUnavailable, Err: errors.New("the app is stopped")}
+	}
+	if a.waiting != nil && a.waiting.Len() >= a.k.cfg.HoldsPerApp || a.k.holds.Load() >= int64(a.k.cfg.HoldsTotal) {
+		a.k.metrics.refused.WithLabelValues("too many").Inc()
+		return nil, nil, &fleet.Error{Op: "route to", Subject: string(a.name), Kind: fleet.ErrOverloaded, Err: errors.New("too many requests wait for it")}
+	}
+	if a.waiting == nil {
+		a.waiting = list.New()
+	}
+	h := &hold{arrived: arrived, done: make(chan struct{})}
+	place := a.waiting.PushBack(h)
+	a.k.holds.Add(1)
+	if plan := a.decide(time.Now()); plan.Refuse {
+		a.drop(place)
+		a.k.metrics.refused.WithLabelValues("failing").Inc()
+		return nil, nil, &fleet.Error{Op: "route to", Subject: string(a.name), Kind: fleet.ErrFailing, Err: a.lastErr}
+	}
+	return h, place, nil
+}
+
+// drop takes a hold out of the queue. The caller holds the lock.
+func (a *App) drop(place *list.Element) {
+	a.waiting.Remove(place)
+	a.k.holds.Add(-1)
+	if a.waiting.Len() == 0 {
+		a.waiting = nil
+	}
+}
+
+// wait sleeps until the hold is answered, its client leaves, or it took too long.
+func (a *App) wait(ctx context.Context, h *hold, place *list.Element) (*Lease, error) {
+	timeout := time.NewTimer(a.k.cfg.HoldTimeout - time.Since(h.arrived))
+	defer timeout.Stop()
+	var err error
+	select {
+	case <-h.done:
+		a.k.metrics.held.Observe(time.Since(h.arrived).Seconds())
+		return h.lease, h.err
+	case <-ctx.Done():
+		err = context.Cause(ctx)
+		a.k.metrics.refused.WithLabelValues("client left").Inc()
+	case <-timeout.C:
+		err = &fleet.Error{Op: "route to", Subject: string(a.name), Kind: fleet.ErrTimeout, Err: errors.New("it waited too long for an instance")}
+		a.k.metrics.refused.WithLabelValues("too long").Inc()
+	}
+	a.mu.Lock()
+	select {
+	case <-h.done: // answered meanwhile: the slot goes to somebody else
+		a.mu.Unlock()
+		if h.lease != nil {
+			h.lease.Release(false)
+		}
+	default:
+		a.drop(place)
+		a.mu.Unlock()
+	}
+	return nil, err
+}
+
+// free is the instance for the next request: the least loaded of those that
+// may take one more. The caller holds the lock.
+func (a *App) free() *member {
+	var best *member
+	for _, m := range a.ready {
+		if m.retiring || a.policy.Concurrency > 0 && m.inflight >= a.policy.Concurrency {
+			continue
+		}
+		if best == nil || m.inflight < best.inflight {
+			best = m
+		}
+	}
+	return best
+}
+
+// serve gives free slots to the oldest holds. The caller holds the lock.
+func (a *App) serve(stages *fleet.Stages) {
+	for a.waiting != nil {
+		m := a.free()
+		if m == nil {
+			return
+		}
+		place := a.waiting.Front()
+		h := place.Value.(*hold) //nolint:forcetypeassert // only holds are queued
+		a.drop(place)
+		m.inflight++
+		h.lease = &Lease{m: m, stages: stages}
+		close(h.done)
+	}
+}
+
+// refuse answers every hold with an error. The caller holds the lock.
+func (a *App) refuse(err error) {
+	for a.waiting != nil {
+		place := a.waiting.Front()
+		h := place.Value.(*hold) //nolint:forcetypeassert // only holds are queued
+		a.drop(place)
+		h.err = err
+		close(h.done)
+	}
+}
+
+// decide asks the homeostat and begins the starts it plans. The caller holds
+// the lock.
+func (a *App) decide(now time.Time) homeostat.Plan {
+	load := homeostat.Load{Starting: a.starting, Failures: a.failures}
+	for _, m := range a.ready {
+		if !m.retiring {
+			load.Ready++
+			load.InFlight += m.inflight
+		}
+	}
+	if a.waiting != nil {
+		load.Waiting = a.waiting.Len()
+	}
+	if a.failures > 0 {
+		load.SinceFailure = now.Sub(a.failedAt)
+	}
+	if a.stopped || a.removed || a.k.closed.Load() {
+		return homeostat.Plan{}
+	}
+	plan := homeostat.Decide(a.policy, load)
+	for range plan.Start {
+		a.start(plan.Cause, nil)
+	}
+	if plan.RetryIn > 0 && (load.Waiting > 0 || a.policy.Min > 0) {
+		a.wake(plan.RetryIn)
+	}
+	return plan
+}
+
+// start begins one start; retire, if not nil, is the instance that the new one
+// is to replace. The caller holds the lock.
+func (a *App) start(cause string, retire *member) {
+	a.starting++
+	rev := a.rev
+	stages := &fleet.Stages{}
+	if a.waiting != nil {
+		oldest := a.waiting.Front().Value.(*hold) //nolint:forcetypeassert // only holds are queued
+		stages.Hold = time.Since(oldest.arrived).Microseconds()
+	}
+	a.k.work.Go(func() {
+		inst, err := a.k.cfg.Node.Start(a.k.ctx, rev, cause, stages)
+		a.started(inst, err, stages, retire)
+	})
+}
+
+// started takes up the end of a start.
+func (a *App) started(inst Instance, err error, stages *fleet.Stages, retire *member) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.starting--
+	cause := ""
+	if retire != nil {
+		cause, retire.replacing = retire.replacing, ""
+	}
+	if err != nil {
+		a.failures++
+		a.failedAt = time.Now()
+		a.lastErr = err
+		if a.starting == 0 && a.serving() == 0 {
+			kind := fleet.ErrFailing
+			if errors.Is(err, fleet.ErrTimeout) {
+				kind = fleet.ErrTimeout
+			}
+			a.refuse(&fleet.Error{Op: "route to", Subject: string(a.name), Kind: kind, Err: err})
+		}
+		if !a.k.closed.Load() && (a.serving() > 0 || a.policy.Min > 0) {
+			a.wake(homeostat.Backoff(a.failures))
+		}
+		return
+	}
+	a.failures, a.lastErr = 0, nil
+	a.join(inst, stages)
+	if retire != nil && !retire.retiring {
+		a.retire(retire, cause)
+	}
+	a.decide(time.Now())
+	a.wake(0)
+}
+
+// serving counts the instances in the route. The caller holds the lock.
+func (a *App) serving() int {
+	n := 0
+	for _, m := range a.ready {
+		if !m.retiring {
+			n++
+		}
+	}
+	return n
+}
+
+// join puts a ready instance into the route. The caller holds the lock.
+func (a *App) join(inst Instance, stages *fleet.Stages) {
+	info := inst.Info()
+	m := &member{app: a, inst: inst, info: info, unused: time.Now(), quiet: make(chan struct{}), closing: make(chan struct{})}
+	m.upstream = a.k.cfg.Attach(info.ID, info.Address)
+	a.ready = append(a.ready, m)
+	if a.stopped || a.removed {
+		a.retire(m, "the app is stopped")
+		return
+	}
+	a.serve(stages)
+}
+
+func (a *App) adopt(inst Instance) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.join(inst, nil)
+	a.wake(0)
+}
+
+// wake has judge run after d. The caller holds the lock.
+func (a *App) wake(d time.Duration) {
+	if a.timer == nil {
+		a.timer = time.AfterFunc(d, a.judge)
+		return
+	}
+	a.timer.Reset(d)
+}
+
+// judge looks at every instance and carries out its fate, then sleeps until
+// the next may end.
+func (a *App) judge() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.k.closed.Load() {
+		return
+	}
+	now := time.Now()
+	a.decide(now)
+	siblings := a.serving()
+	again := time.Duration(0)
+	sooner := func(d time.Duration) {
+		if d > 0 && (again == 0 || d < again) {
+			again = d
+		}
+	}
+	for _, m := range slices.Clone(a.ready) {
+		if m.retiring {
+			continue
+		}
+		fate := homeostat.Judge(a.policy, m.life(now, a.rev.ID, siblings))
+		switch {
+		case fate.Verdict == homeostat.Retire:
+			siblings--
+			a.retire(m, fate.Cause)
+		case fate.Verdict == homeostat.Replace && m.replacing == "":
+			if rest := homeostat.Backoff(a.failures) - now.Sub(a.failedAt); a.failures > 0 && rest > 0 {
+				sooner(rest) // the old one goes on serving while its successor fails
+				continue
+			}
+			m.replacing = fate.Cause
+			a.start(homeostat.CauseRenewal+": "+fate.Cause, m)
+		default:
+			sooner(fate.Again)
+		}
+	}
+	if again > 0 {
+		a.wake(again)
+	}
+	if len(a.ready) == 0 && a.starting == 0 && a.waiting == nil && again == 0 && a.failures == 0 && a.timer != nil {
+		a.timer.Stop()
+		a.timer = nil
+	}
+}
+
+// life is an instance's present.
+func (m *member) life(now time.Time, current fleet.RevisionID, siblings int) homeostat.Life {
+	l := homeostat.Life{InFlight: m.inflight, Outdated: m.info.Revision != current, Siblings: siblings}
+	ready := m.inst.Ready()
+	l.Age = now.Sub(ready)
+	if !m.info.ExpiresAt.IsZero() {
+		l.Limit = max(m.info.ExpiresAt.Round(0).Sub(ready.Round(0)), 1)
+	}
+	if m.inflight == 0 {
+		l.Unused = now.Sub(m.unused)
+	}
+	return l
+}
+
+// retire takes an instance out of the route and ends it once what is in flight
+// has finished. The caller holds the lock.
+func (a *App) retire(m *member, cause string) {
+	m.retiring = true
+	if m.inflight == 0 {
+		close(m.quiet)
+	}
+	a.k.cfg.Events(fleet.Event{Time: time.Now(), Type: fleet.EventRetire, App: a.name, Instance: m.info.ID, Revision: m.info.Revision, Node: m.info.Node, Cause: cause,
+		Inputs: map[string]float64{"in_flight": float64(m.inflight), "age_s": time.Since(m.inst.Ready()).Seconds(), "unused_s": time.Since(m.unused).Seconds()}})
+	drain := a.rev.Spec.Drain.Std()
+	a.k.work.Go(func() {
+		m.drain(drain, a.k.ctx)
+		a.leave(m)
+		if a.k.closed.Load() && cause != causeRemoved {
+			return // what did not finish goes on under the next daemon
+		}
+		a.k.stop(m.inst, cause)
+	})
+}
+
+const causeRemoved = "the app was deleted"
+
+// streamGrace is how long a long-lived stream may take to say goodbye.
+const streamGrace = 5 * time.Second
+
+// drain waits until nothing is in flight, for the drain time; then long-lived
+// streams are told to end, and get a moment for it.
+func (m *member) drain(limit time.Duration, ctx context.Context) { //nolint:revive // the context is not the subject
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	select {
+	case <-m.quiet:
+		return
+	case <-ctx.Done():
+		return
+	case <-timer.C:
+	}
+	close(m.closing)
+	timer.Reset(streamGrace)
+	select {
+	case <-m.quiet:
+	case <-ctx.Done():
+	case <-timer.C:
+	}
+}
+
+// leave forgets an instance whose drain is over.
+func (a *App) leave(m *member) {
+	a.mu.Lock()
+	if i := slices.Index(a.ready, m); i >= 0 {
+		a.ready = slices.Delete(a.ready, i, i+1)
+	}
+	a.mu.Unlock()
+	_ = m.upstream.Close()
+}
+
+// gone handles the end of an instance that nobody asked for.
+func (a *App) gone(id fleet.InstanceID) {
+	a.mu.Lock()
+	i := slices.IndexFunc(a.ready, func(m *member) bool { return m.info.ID == id })
+	if i < 0 || a.ready[i].retiring {
+		a.mu.Unlock()
+		return
+	}
+	m := a.ready[i]
+	m.retiring = true
+	a.ready = slices.Delete(a.ready, i, i+1)
+	// An instance that lives for a moment only is a failed start by another name.
+	if time.Since(m.inst.Ready()) < 5*time.Second {
+		a.failures++
+		a.failedAt = time.Now()
+		a.lastErr = errors.New("it ended just after it had become ready")
+	}
+	if plan := a.decide(time.Now()); plan.Refuse {
+		a.refuse(&fleet.Error{Op: "route to", Subject: string(a.name), Kind: fleet.ErrFailing, Err: a.lastErr})
+	}
+	if a.policy.Min > 0 {
+		a.wake(homeostat.Backoff(a.failures))
+	}
+	a.mu.Unlock()
+	_ = m.upstream.Close()
+}
+
+// set gives the app its revision.
+func (a *App) set(rev fleet.Revision, stopped bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	s := rev.Spec
+	changed := a.rev.ID != rev.ID || a.stopped != stopped
+	a.rev, a.stopped = rev, stopped
+	a.policy = homeostat.Policy{Min: s.Scale.Min, Max: s.Scale.Max, Concurrency: s.Concurrency, Lifetime: s.Lifetime.Std(), Idle: s.Idle.Std()}
+	if changed { // what failed before may work now
+		a.failures, a.lastErr = 0, nil
+	}
+	if stopped {
+		for _, m := range slices.Clone(a.ready) {
+			if !m.retiring {
+				a.retire(m, "the app is stopped")
+			}
+		}
+		a.refuse(&fleet.Error{Op: "route to", Subject: string(a.name), Kind: fleet.ErrUnavailable, Err: errors.New("the app is stopped")})
+		return
+	}
+	if len(a.ready) > 0 || a.policy.Min > 0 {
+		a.wake(0)
+	}
+}
+
+func (a *App) remove() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.removed = true
+	for _, m := range slices.Clone(a.ready) {
+		if !m.retiring {
+			a.retire(m, causeRemoved)
+		}
+	}
+	a.refuse(&fleet.Error{Op: "route to", Subject: string(a.name), Kind: fleet.ErrNotFound, Err: errors.New(causeRemoved)})
+	if a.timer != nil {
+		a.timer.Stop()
+	}
+}
+
+// close refuses whoever waits, for the daemon is stopping.
+func (a *App) close() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.refuse(&fleet.Error{Op: "route to", Subject: string(a.name), Kind: fleet.ErrUnavailable, Err: errShutdown})
+	if a.timer != nil {
+		a.timer.Stop()
+	}
+}
+
+// Status is an app's present, for people.
+type Status struct {
+	Revision  fleet.RevisionID
+	Stopped   bool
+	Ready     int
+	Starting  int
+	Waiting   int
+	InFlight  int
+	Failures  int
+	LastError string
+}
+
+// Status of the app.
+func (a *App) Status() Status {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	s := Status{Revision: a.rev.ID, Stopped: a.stopped, Starting: a.starting, Failures: a.failures}
+	if a.lastErr != nil {
+		s.LastError = a.lastErr.Error()
+	}
+	if a.waiting != nil {
+		s.Waiting = a.waiting.Len()
+	}
+	s.Ready = a.serving()
+	for _, m := range a.ready {
+		s.InFlight += m.inflight
+	}
+	return s
+}
+
+// InFlight requests by instance.
+func (a *App) InFlight() map[fleet.InstanceID]int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	n := make(map[fleet.InstanceID]int, len(a.ready))
+	for _, m := range a.ready {
+		n[m.info.ID] = m.inflight
+	}
+	return n
+}
+
+// Instance that the slot is on.
+func (l *Lease) Instance() fleet.InstanceID { return l.m.info.ID }
+
+// Address of the instance.
+func (l *Lease) Address() netip.AddrPort { return l.m.info.Address }
+
+// Upstream is what the front door attached to the instance.
+func (l *Lease) Upstream() io.Closer { return l.m.upstream }
+
+// Stages of the start that the request waited for, or nil.
+func (l *Lease) Stages() *fleet.Stages { return l.stages }
+
+// Closing is closed when long-lived streams must end.
+func (l *Lease) Closing() <-chan struct{} { return l.m.closing }
+
+// Release gives the slot back.
+func (l *Lease) Release(bool) {
+	a, m := l.m.app, l.m
+	a.mu.Lock()
+	m.inflight--
+	if m.inflight == 0 {
+		m.unused = time.Now()
+		if m.retiring {
+			select {
+			case <-m.quiet:
+			default:
+				close(m.quiet)
+			}
+		}
+	}
+	if a.waiting != nil {
+		a.serve(nil)
+	}
+	a.mu.Unlock()
+}
+
+// Refused gives the slot back and takes the instance, which refused the
+// connection, out of the route.
+func (l *Lease) Refused() {
+	a, m := l.m.app, l.m
+	a.mu.Lock()
+	if !m.retiring && !a.k.closed.Load() {
+		a.retire(m, "refused a connection")
+		a.decide(time.Now())
+	}
+	a.mu.Unlock()
+	l.Release(true)
+}

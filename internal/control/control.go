@@ -1,0 +1,200 @@
+// Package control keeps each app at what its requests need: it holds requests
+// that find no free slot, asks the homeostat what to do, has the node do it,
+// and gives every request its slot. It is also the route table: which host
+// belongs to which app.
+//
+// A warm request takes one lock-free lookup and one short lock of its own app.
+// A sleeping app is an entry in a map: no goroutine, no timer, no kernel object.
+package control
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/fastcontainer/fastcontainer/internal/fleet"
+)
+
+// Instance is one ready container, as control sees it.
+type Instance interface {
+	Info() fleet.Instance
+	Revision() fleet.Revision
+	// Ready is when it became ready, with a monotonic part.
+	Ready() time.Time
+}
+
+// Node carries out what is decided.
+type Node interface {
+	// Start returns when the instance is ready.
+	Start(ctx context.Context, rev fleet.Revision, cause string, stages *fleet.Stages) (Instance, error)
+	// Stop returns when nothing is left of it.
+	Stop(ctx context.Context, i Instance, cause string) error
+}
+
+// Config of control.
+type Config struct {
+	Node   Node
+	Logger *slog.Logger
+	// Events is told of decisions.
+	Events func(fleet.Event)
+	// Attach makes what the front door keeps beside a ready instance.
+	Attach func(fleet.InstanceID, netip.AddrPort) io.Closer
+	// HoldsPerApp and HoldsTotal bound the waiting requests, HoldTimeout
+	// their wait.
+	HoldsPerApp, HoldsTotal int
+	HoldTimeout             time.Duration
+	// Registerer of metrics; may be nil.
+	Registerer prometheus.Registerer
+}
+
+// Control is the state of all apps on this node.
+type Control struct {
+	cfg     Config
+	metrics *metrics
+	routes  sync.Map // host name → *App
+	holds   atomic.Int64
+	ctx     context.Context //nolint:containedctx // the life of starts, which outlive the requests that caused them
+	cancel  context.CancelCauseFunc
+	work    sync.WaitGroup
+	closed  atomic.Bool
+
+	mu   sync.Mutex
+	apps map[fleet.AppName]*App
+}
+
+var errShutdown = errors.New("daemon is stopping")
+
+// New makes control without apps.
+func New(c Config) (*Control, error) {
+	k := &Control{cfg: c, apps: map[fleet.AppName]*App{}}
+	k.ctx, k.cancel = context.WithCancelCause(context.Background())
+	var err error
+	if k.metrics, err = newMetrics(c.Registerer, &k.holds); err != nil {
+		return nil, err
+	}
+	return k, nil
+}
+
+// Close refuses new requests, gives up starts under way and waits for stops
+// under way. Ready instances go on: the next daemon adopts them.
+func (k *Control) Close() {
+	k.closed.Store(true)
+	k.cancel(errShutdown)
+	k.mu.Lock()
+	apps := make([]*App, 0, len(k.apps))
+	for _, a := range k.apps {
+		apps = append(apps, a)
+	}
+	k.mu.Unlock()
+	for _, a := range apps {
+		a.close()
+	}
+	k.work.Wait()
+}
+
+// Route finds the app of a host name, which is lower case and has no port.
+func (k *Control) Route(host string) (*App, bool) {
+	if a, ok := k.routes.Load(host); ok {
+		return a.(*App), true //nolint:forcetypeassert // only apps are stored
+	}
+	// A wildcard stands for one label.
+	if _, parent, ok := strings.Cut(host, "."); ok {
+		if a, ok := k.routes.Load("*." + parent); ok {
+			return a.(*App), true //nolint:forcetypeassert // only apps are stored
+		}
+	}
+	return nil, false
+}
+
+// SetApp makes an app known, or gives it a newer revision: instances of older
+// ones are replaced, with their successors first where there is traffic.
+func (k *Control) SetApp(app fleet.App, rev fleet.Revision) {
+	k.mu.Lock()
+	a := k.apps[app.Name]
+	if a == nil {
+		a = &App{k: k, name: app.Name}
+		k.apps[app.Name] = a
+	}
+	old := a.hosts
+	a.hosts = slices.Clone(rev.Spec.Hosts)
+	for _, h := range a.hosts {
+		k.routes.Store(h, a)
+	}
+	for _, h := range old {
+		if !slices.Contains(a.hosts, h) {
+			k.routes.CompareAndDelete(h, a)
+		}
+	}
+	k.mu.Unlock()
+	a.set(rev, app.Stopped)
+}
+
+// RemoveApp forgets an app and ends its instances.
+func (k *Control) RemoveApp(name fleet.AppName) {
+	k.mu.Lock()
+	a := k.apps[name]
+	delete(k.apps, name)
+	if a != nil {
+		for _, h := range a.hosts {
+			k.routes.CompareAndDelete(h, a)
+		}
+	}
+	k.mu.Unlock()
+	if a != nil {
+		a.remove()
+	}
+}
+
+// Apps that are known.
+func (k *Control) Apps() []*App {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	apps := make([]*App, 0, len(k.apps))
+	for _, a := range k.apps {
+		apps = append(apps, a)
+	}
+	slices.SortFunc(apps, func(a, b *App) int { return strings.Compare(string(a.name), string(b.name)) })
+	return apps
+}
+
+// App by name.
+func (k *Control) App(name fleet.AppName) (*App, bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	a, ok := k.apps[name]
+	return a, ok
+}
+
+// Adopt puts an instance of an earlier daemon back into the route. Instances
+// of apps that are not known any more end.
+func (k *Control) Adopt(i Instance) {
+	info := i.Info()
+	a, ok := k.App(info.App)
+	if !ok {
+		k.work.Go(func() { k.stop(i, "its app was deleted") })
+		return
+	}
+	a.adopt(i)
+}
+
+// Gone takes an instance that ended by itself out of the route at once.
+func (k *Control) Gone(id fleet.InstanceID) {
+	if a, ok := k.App(id.App()); ok {
+		a.gone(id)
+	}
+}
+
+func (k *Control) stop(i Instance, cause string) {
+	if err := k.cfg.Node.Stop(context.WithoutCancel(k.ctx), i, cause); err != nil {
+		k.cfg.Logger.Error("stop instance", "instance", i.Info().ID, "error", err)
+	}
+}

@@ -1,0 +1,515 @@
+// Package node owns this machine's instances: it starts them from a revision
+// and its image, finds out when they are ready, watches them, stops them by
+// the ladder of their stop signal, and takes over those that an earlier daemon
+// left. It is the only truth about them.
+//
+// It decides nothing: which instances there should be is control's affair.
+package node
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/fastcontainer/fastcontainer/internal/fleet"
+	"github.com/fastcontainer/fastcontainer/internal/image"
+	"github.com/fastcontainer/fastcontainer/internal/sandbox"
+)
+
+// Images is what a node needs of the image store.
+type Images interface {
+	// Get gives an image that is whole on this node's disk.
+	Get(fleet.Digest) (image.Image, error)
+	// Hold keeps an image from being removed until release.
+	Hold(fleet.Digest) (release func(), err error)
+}
+
+// Config of a node.
+type Config struct {
+	Name     fleet.NodeName
+	Runtimes map[fleet.Runtime]sandbox.Runtime
+	Images   Images
+	// RunDir keeps what a new daemon needs to adopt the instances; LogDir their
+	// logs, VolumeDir the named volumes.
+	RunDir, LogDir, VolumeDir string
+	Logger                    *slog.Logger
+	// Events is told what happens.
+	Events func(fleet.Event)
+	// Registerer of metrics; may be nil.
+	Registerer prometheus.Registerer
+	// Gone is called when a ready instance ended by itself. It must not block.
+	Gone func(*Instance)
+}
+
+// Node is this machine's instances.
+type Node struct {
+	cfg     Config
+	metrics *metrics
+	closing chan struct{}
+	watches sync.WaitGroup
+
+	mu        sync.Mutex
+	instances map[fleet.InstanceID]*Instance
+}
+
+// New makes a node. The directories are made if they do not exist.
+func New(c Config) (*Node, error) {
+	for _, dir := range []string{c.RunDir, c.LogDir, c.VolumeDir} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("make directory of the node: %w", err)
+		}
+	}
+	n := &Node{cfg: c, closing: make(chan struct{}), instances: map[fleet.InstanceID]*Instance{}}
+	var err error
+	if n.metrics, err = newMetrics(c.Registerer, n); err != nil {
+		return nil, err
+	}
+	return n, nil
+}
+
+// Instance is one container on this node.
+type Instance struct {
+	node    *Node
+	rev     fleet.Revision
+	box     sandbox.Sandbox
+	release func() // of the image
+	log     string
+
+	mu      sync.Mutex
+	info    fleet.Instance
+	limits  sandbox.Limits
+	stopped chan struct{} // closed when nothing is left of it
+	// readyAt with its monotonic part: clocks may jump.
+	readyAt time.Time
+}
+
+// Info is a copy of what is known about the instance.
+func (i *Instance) Info() fleet.Instance {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.info
+}
+
+// Revision that the instance was made from.
+func (i *Instance) Revision() fleet.Revision { return i.rev }
+
+// Done is closed when its first process has ended.
+func (i *Instance) Done() <-chan struct{} { return i.box.Done() }
+
+// Ready tells when it became ready, by a clock that does not jump.
+func (i *Instance) Ready() time.Time { return i.readyAt }
+
+// Limits that are in force.
+func (i *Instance) Limits() sandbox.Limits {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.limits
+}
+
+// Stats reads its cgroup.
+func (i *Instance) Stats() (sandbox.Stats, error) { return i.box.Stats() }
+
+// move changes its state, or says that it may not.
+func (i *Instance) move(to fleet.State) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	state, err := i.info.State.Move(to)
+	i.info.State = state
+	return err
+}
+
+// Start makes an instance of a revision and returns when it is ready. stages
+// holds what is known of the start so far and gets the rest. If ctx ends the
+// start is given up and nothing is left.
+func (n *Node) Start(ctx context.Context, rev fleet.Revision, cause string, stages *fleet.Stages) (*Instance, error) {
+	id := fleet.NewInstanceID(rev.App)
+	began := time.Now()
+	i := &Instance{
+		node: n, rev: rev, stopped: make(chan struct{}), release: func() {},
+		info: fleet.Instance{
+			ID: id, App: rev.App, Revision: rev.ID, Image: rev.Image, Node: n.cfg.Name,
+			State: fleet.StateStarting, Kind: fleet.ColdStart, StartedAt: began,
+		},
+	}
+	n.event(i, fleet.EventStart, cause, "")
+	n.mu.Lock()
+	n.instances[id] = i
+	n.mu.Unlock()
+	err := n.start(ctx, i, stages)
+	n.metrics.started(err, stages, fleet.ColdStart)
+	if err != nil {
+		n.report(i, "start failed", err)
+		_ = n.remove(context.Background(), i) // logged
+		return nil, err
+	}
+	e := n.newEvent(i, fleet.EventReady, cause)
+	e.Kind, e.Stages = fleet.ColdStart, stages
+	n.cfg.Events(e)
+	return i, nil
+}
+
+func (n *Node) start(ctx context.Context, i *Instance, stages *fleet.Stages) error {
+	spec := i.rev.Spec
+	rt, ok := n.cfg.Runtimes[spec.Isolation.Runtime]
+	if !ok {
+		return &fleet.Error{Op: "start", Subject: string(i.rev.App), Kind: fleet.ErrInvalid, Err: fmt.Errorf("runtime %q is not available on this node", spec.Isolation.Runtime), Hint: "fastcontainer doctor says what is missing"}
+	}
+	img, err := n.cfg.Images.Get(i.rev.Image)
+	if err != nil {
+		return fmt.Errorf("start: %w", err)
+	}
+	if i.release, err = n.cfg.Images.Hold(i.rev.Image); err != nil {
+		i.release = func() {}
+		return fmt.Errorf("start: %w", err)
+	}
+	want, err := n.sandboxSpec(i.info.ID, i.rev, img)
+	if err != nil {
+		return err
+	}
+	i.log = want.Log
+	// A start may use all that it will ever be given: it is soon over, and
+	// somebody waits for it.
+	resting := want.Limits
+	if peak := spec.Resources.CPU.Peak; peak > want.Limits.CPU {
+		want.Limits.CPU = peak
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, spec.Ready.Timeout.Std(), errNotReady)
+	defer cancel()
+	if i.box, err = rt.Start(ctx, want); err != nil {
+		return err
+	}
+	t := i.box.Timings()
+	stages.Claim, stages.Rootfs = t.Claim.Microseconds(), t.Rootfs.Microseconds()
+	stages.Network, stages.Exec = t.Network.Microseconds(), t.Exec.Microseconds()
+	i.mu.Lock()
+	i.info.PID = i.box.PID()
+	i.info.Address = addrPort(i.box.Address(), spec.Port)
+	i.mu.Unlock()
+	executed := time.Now()
+	if err := i.awaitReady(ctx); err != nil {
+		return err
+	}
+	stages.Listen = time.Since(executed).Microseconds()
+	if resting != want.Limits {
+		if err := i.box.Resize(resting); err != nil {
+			n.cfg.Logger.Warn("return to rest", "instance", i.info.ID, "error", err)
+		}
+	}
+	i.mu.Lock()
+	i.limits = resting
+	i.readyAt = time.Now()
+	i.info.ReadyAt = i.readyAt
+	if l := lifetime(spec, rand.Float64()); l > 0 { //nolint:gosec // spread, not secrecy
+		i.info.ExpiresAt = i.readyAt.Add(l)
+	}
+	i.mu.Unlock()
+	if err := i.move(fleet.StateReady); err != nil {
+		return err
+	}
+	if err := n.save(i); err != nil {
+		return err
+	}
+	n.watch(i)
+	return nil
+}
+
+// lifetime of one instance: up to a tenth shorter than its spec's, so that
+// siblings do not end together.
+func lifetime(s fleet.Spec, chance float64) time.Duration {
+	l := s.Lifetime.Std()
+	return l - time.Duration(chance*float64(l)/10)
+}
+
+// watch reports the end of a ready instance that nobody asked for.
+func (n *Node) watch(i *Instance) {
+	n.watches.Go(func() {
+		select {
+		case <-n.closing:
+			return
+		case <-i.box.Done():
+		}
+		i.mu.Lock()
+		expected := i.info.State != fleet.StateReady && i.info.State != fleet.StateStandby
+		i.mu.Unlock()
+		if expected {
+			return
+		}
+		n.report(i, "ended by itself", exitError(i.box.Exit()))
+		if n.cfg.Gone != nil {
+			n.cfg.Gone(i)
+		}
+		_ = n.remove(context.Background(), i) // logged
+	})
+}
+
+// Close ends the watching. The instances go on: the next daemon adopts them.
+func (n *Node) Close() {
+	close(n.closing)
+	n.watches.Wait()
+}
+
+// report tells why an instance could not start or ended by itself, with the
+// last it said.
+func (n *Node) report(i *Instance, cause string, err error) {
+	_ = i.move(fleet.StateFailed)
+	e := n.newEvent(i, fleet.EventFail, cause)
+	e.Detail = err.Error()
+	if hint := fleet.Hint(err); hint != "" {
+		e.Detail += "; " + hint
+	}
+	e.Log = tailLines(i.log, 20, 4<<10)
+	n.cfg.Events(e)
+}
+
+// Stop ends an instance by its ladder: its stop signal, at most drain, then
+// SIGKILL; nothing is left of it when Stop returns. The caller has taken it out
+// of the route before and waited for what was in flight.
+func (n *Node) Stop(ctx context.Context, i *Instance, cause string) error {
+	if err := i.move(fleet.StateRetiring); err != nil {
+		<-i.stopped // somebody else is at it, or it failed
+		return nil
+	}
+	sig := stopSignal(i.rev.Spec.StopSignal)
+	if img, err := n.cfg.Images.Get(i.rev.Image); err == nil && i.rev.Spec.StopSignal == "" {
+		sig = stopSignal(img.Config.StopSignal)
+	}
+	detail := ""
+	if err := i.box.Signal(sig); err == nil {
+		grace := time.NewTimer(i.rev.Spec.Drain.Std())
+		defer grace.Stop()
+		select {
+		case <-i.box.Done():
+		case <-grace.C:
+			detail = fmt.Sprintf("did not obey %v within %s: killed", sig, i.rev.Spec.Drain)
+		case <-ctx.Done():
+			detail = "killed: " + context.Cause(ctx).Error()
+		}
+	}
+	err := n.remove(ctx, i)
+	n.event(i, fleet.EventStop, cause, detail)
+	return err
+}
+
+// remove leaves nothing of an instance.
+func (n *Node) remove(ctx context.Context, i *Instance) error {
+	var err error
+	if i.box != nil {
+		// A cgroup that will not go is retried by the next Clean; the instance
+		// itself is over.
+		if err = i.box.Destroy(ctx); err != nil {
+			n.cfg.Logger.Error("destroy instance", "instance", i.info.ID, "error", err)
+		}
+	}
+	if rerr := os.Remove(n.statePath(i.info.ID)); rerr != nil && !errors.Is(rerr, os.ErrNotExist) {
+		n.cfg.Logger.Warn("remove instance state", "instance", i.info.ID, "error", rerr)
+	}
+	i.release()
+	_ = i.move(fleet.StateAbsent)
+	n.mu.Lock()
+	delete(n.instances, i.info.ID)
+	n.mu.Unlock()
+	n.pruneLogs(i.info.App)
+	close(i.stopped)
+	return err
+}
+
+// List gives the instances in the order of their names.
+func (n *Node) List() []*Instance {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	list := make([]*Instance, 0, len(n.instances))
+	for _, i := range n.instances {
+		list = append(list, i)
+	}
+	slices.SortFunc(list, func(a, b *Instance) int { return strings.Compare(string(a.info.ID), string(b.info.ID)) })
+	return list
+}
+
+// Find gives an instance by name, or the newest ready one of an app.
+func (n *Node) Find(name string) (*Instance, error) {
+	var best *Instance
+	for _, i := range n.List() {
+		if string(i.info.ID) == name {
+			return i, nil
+		}
+		if string(i.info.App) == name && i.Info().State == fleet.StateReady && (best == nil || i.readyAt.After(best.readyAt)) {
+			best = i
+		}
+	}
+	if best == nil {
+		return nil, &fleet.Error{Op: "find instance", Subject: name, Kind: fleet.ErrNotFound, Hint: "fastcontainer ps lists what runs; a request to the app starts one"}
+	}
+	return best, nil
+}
+
+// Exec runs a program inside an instance.
+func (i *Instance) Exec(ctx context.Context, p sandbox.Process) (int, error) {
+	return i.box.Exec(ctx, p)
+}
+
+// Resize changes the limits of a running instance.
+func (n *Node) Resize(i *Instance, l sandbox.Limits, cause string) error {
+	if err := i.box.Resize(l); err != nil {
+		return err
+	}
+	i.mu.Lock()
+	i.limits = l
+	i.mu.Unlock()
+	n.event(i, fleet.EventResize, cause, fmt.Sprintf("cpu %g, memory %s", l.CPU, l.Memory))
+	return nil
+}
+
+func (n *Node) newEvent(i *Instance, t fleet.EventType, cause string) fleet.Event {
+	return fleet.Event{Time: time.Now(), Type: t, App: i.info.App, Instance: i.info.ID, Revision: i.info.Revision, Node: n.cfg.Name, Cause: cause}
+}
+
+func (n *Node) event(i *Instance, t fleet.EventType, cause, detail string) {
+	e := n.newEvent(i, t, cause)
+	e.Detail = detail
+	n.cfg.Events(e)
+}
+
+func exitError(x sandbox.Exit) error {
+	switch {
+	case x.OOM:
+		return &fleet.Error{Op: "run", Err: errors.New("killed by the kernel for lack of memory"), Hint: "raise resources.memory, or look for a leak"}
+	case x.Signal != "":
+		return fmt.Errorf("its program was ended by %s", x.Signal)
+	case x.Code < 0:
+		return errors.New("its program ended")
+	default:
+		return fmt.Errorf("its program ended with exit code %d", x.Code)
+	}
+}
+
+// saved is the content of an instance's state file.
+type saved struct {
+	Instance fleet.Instance  `json:"instance"`
+	Revision fleet.Revision  `json:"revision"`
+	Box      json.RawMessage `json:"box"`
+	Limits   sandbox.Limits  `json:"limits"`
+	Log      string          `json:"log"`
+	// ReadyBoot and ExpiresBoot are seconds on the clock that counts from boot
+	// and never jumps.
+	ReadyBoot   float64 `json:"ready_boot"`
+	ExpiresBoot float64 `json:"expires_boot"`
+}
+
+func (n *Node) statePath(id fleet.InstanceID) string {
+	return filepath.Join(n.cfg.RunDir, string(id)+".json")
+}
+
+// save writes what Adopt needs, atomically. The directory is on a tmpfs: what
+// a reboot loses is lost with the containers, so nothing is synced.
+func (n *Node) save(i *Instance) error {
+	now, boot := time.Now(), bootTime()
+	s := saved{Instance: i.Info(), Revision: i.rev, Box: i.box.State(), Limits: i.Limits(), Log: i.log, ReadyBoot: boot - now.Sub(i.readyAt).Seconds()}
+	s.Revision.Spec.Env = nil // may hold secrets, and is not needed
+	if !s.Instance.ExpiresAt.IsZero() {
+		s.ExpiresBoot = boot + s.Instance.ExpiresAt.Sub(now).Seconds()
+	}
+	b, err := json.Marshal(s)
+	if err != nil {
+		return fmt.Errorf("save instance: %w", err)
+	}
+	name := n.statePath(i.info.ID)
+	if err := os.WriteFile(name+".tmp", b, 0o600); err != nil {
+		return fmt.Errorf("save instance: %w", err)
+	}
+	if err := os.Rename(name+".tmp", name); err != nil {
+		return fmt.Errorf("save instance: %w", err)
+	}
+	return nil
+}
+
+// Adopt takes over what an earlier daemon left: ready instances go on, and
+// everything else of it is removed. It is called once, before any Start.
+func (n *Node) Adopt(ctx context.Context) ([]*Instance, error) {
+	files, err := os.ReadDir(n.cfg.RunDir)
+	if err != nil {
+		return nil, fmt.Errorf("adopt instances: %w", err)
+	}
+	var adopted []*Instance
+	for _, f := range files {
+		path := filepath.Join(n.cfg.RunDir, f.Name())
+		i, err := n.adopt(ctx, path)
+		if err != nil {
+			if !errors.Is(err, sandbox.ErrGone) {
+				n.cfg.Logger.Warn("adopt instance", "file", path, "error", err)
+			}
+			if rerr := os.Remove(path); rerr != nil {
+				n.cfg.Logger.Warn("remove instance state", "file", path, "error", rerr)
+			}
+			continue
+		}
+		adopted = append(adopted, i)
+	}
+	keep := make([]fleet.InstanceID, 0, len(adopted))
+	for _, i := range adopted {
+		keep = append(keep, i.info.ID)
+	}
+	for name, rt := range n.cfg.Runtimes {
+		removed, err := rt.Clean(ctx, keep)
+		if err != nil {
+			n.cfg.Logger.Warn("clean up", "runtime", name, "error", err)
+		}
+		if len(removed) > 0 {
+			n.cfg.Events(fleet.Event{Time: time.Now(), Type: fleet.EventClean, Node: n.cfg.Name, Cause: "left by an earlier daemon", Detail: strings.Join(removed, ", ")})
+		}
+	}
+	return adopted, nil
+}
+
+func (n *Node) adopt(ctx context.Context, path string) (*Instance, error) {
+	if filepath.Ext(path) != ".json" {
+		return nil, sandbox.ErrGone // written half
+	}
+	b, err := os.ReadFile(path) //nolint:gosec // our own directory
+	if err != nil {
+		return nil, err
+	}
+	var s saved
+	if err := json.Unmarshal(b, &s); err != nil {
+		return nil, err
+	}
+	rt, ok := n.cfg.Runtimes[s.Revision.Spec.Isolation.Runtime]
+	if !ok {
+		return nil, fmt.Errorf("its runtime %q is not available any more", s.Revision.Spec.Isolation.Runtime)
+	}
+	box, err := rt.Adopt(ctx, s.Box)
+	if err != nil {
+		if errors.Is(err, sandbox.ErrGone) {
+			e := fleet.Event{Time: time.Now(), Type: fleet.EventFail, App: s.Instance.App, Instance: s.Instance.ID, Revision: s.Instance.Revision, Node: n.cfg.Name, Cause: "ended while no daemon ran", Log: tailLines(s.Log, 20, 4<<10)}
+			n.cfg.Events(e)
+		}
+		return nil, err
+	}
+	i := &Instance{node: n, rev: s.Revision, box: box, log: s.Log, limits: s.Limits, info: s.Instance, stopped: make(chan struct{}), release: func() {}}
+	if release, err := n.cfg.Images.Hold(s.Revision.Image); err == nil {
+		i.release = release
+	}
+	now, boot := time.Now(), bootTime()
+	i.readyAt = now.Add(-time.Duration((boot - s.ReadyBoot) * float64(time.Second)))
+	i.info.ReadyAt = i.readyAt
+	if s.ExpiresBoot > 0 {
+		i.info.ExpiresAt = now.Add(time.Duration((s.ExpiresBoot - boot) * float64(time.Second)))
+	}
+	i.info.State = fleet.StateReady
+	n.mu.Lock()
+	n.instances[i.info.ID] = i
+	n.mu.Unlock()
+	n.event(i, fleet.EventAdopt, "daemon restarted", "")
+	n.watch(i)
+	return i, nil
+}
