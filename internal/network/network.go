@@ -1,0 +1,358 @@
+// Package network connects containers: a bridge with the node's address on
+// it, a veth pair and an address for each container's network namespace, and an
+// nftables table of its own that lets containers out and keeps them from each
+// other and from the host's services.
+package network
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/fastcontainer/fastcontainer/internal/fleet"
+)
+
+// Config of a node's network. Two daemons on one host need different bridges,
+// subnets and tables.
+type Config struct {
+	Logger *slog.Logger
+	// Bridge is the interface's name. Default fc0.
+	Bridge string
+	// Subnet of the containers; its first address is the node's. Default
+	// 10.89.0.0/16.
+	Subnet netip.Prefix
+	// Table is the nftables table. Default fastcontainer.
+	Table string
+	// DNS servers for containers. Default: the host's.
+	DNS []netip.Addr
+	// Deny are destinations that containers never reach. Default: the
+	// metadata address of clouds.
+	Deny []netip.Prefix
+}
+
+// Lease is one container's connection.
+type Lease struct {
+	ID      string     `json:"id"`
+	Veth    string     `json:"veth"`
+	Address netip.Addr `json:"address"`
+}
+
+// Network is the node's network.
+type Network struct {
+	cfg     Config
+	bridge  int
+	gateway netip.Addr
+	resolv  []byte
+
+	mu   sync.Mutex
+	used map[netip.Addr]string
+	next netip.Addr
+}
+
+// Open makes the bridge and the table, or takes over those of an earlier
+// process.
+func Open(ctx context.Context, c Config) (*Network, error) {
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if c.Bridge == "" {
+		c.Bridge = "fc0"
+	}
+	if !c.Subnet.IsValid() {
+		c.Subnet = netip.MustParsePrefix("10.89.0.0/16")
+	}
+	if c.Table == "" {
+		c.Table = "fastcontainer"
+	}
+	if len(c.Deny) == 0 {
+		c.Deny = []netip.Prefix{netip.MustParsePrefix("169.254.0.0/16")}
+	}
+	c.Subnet = c.Subnet.Masked()
+	if !c.Subnet.Addr().Is4() || c.Subnet.Bits() > 29 {
+		return nil, &fleet.Error{Op: "open network", Subject: c.Subnet.String(), Kind: fleet.ErrInvalid, Err: errors.New("it must be an IPv4 prefix of at least 8 addresses"), Hint: "for example 10.89.0.0/16"}
+	}
+	n := &Network{cfg: c, gateway: c.Subnet.Addr().Next(), used: map[netip.Addr]string{}}
+	n.next = n.gateway.Next()
+	n.resolv = resolvConf(c.DNS)
+	if err := n.openBridge(); err != nil {
+		return nil, fmt.Errorf("open network: %w", err)
+	}
+	if err := n.openTable(); err != nil {
+		return nil, fmt.Errorf("open network: %w", err)
+	}
+	return n, nil
+}
+
+func (n *Network) openBridge() error {
+	link, err := netlink.LinkByName(n.cfg.Bridge)
+	if _, missing := errors.AsType[netlink.LinkNotFoundError](err); missing {
+		if err := n.checkSubnet(); err != nil {
+			return err
+		}
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name = n.cfg.Bridge
+		if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: attrs}); err != nil {
+			return fmt.Errorf("make bridge %s: %w", n.cfg.Bridge, err)
+		}
+		link, err = netlink.LinkByName(n.cfg.Bridge)
+	}
+	if err != nil {
+		return fmt.Errorf("find bridge %s: %w", n.cfg.Bridge, err)
+	}
+	n.bridge = link.Attrs().Index
+	addr := &netlink.Addr{IPNet: &net.IPNet{IP: n.gateway.AsSlice(), Mask: net.CIDRMask(n.cfg.Subnet.Bits(), 32)}}
+	if err := netlink.AddrReplace(link, addr); err != nil {
+		return fmt.Errorf("give bridge its address: %w", err)
+	}
+	if err := netlink.LinkSetUp(link); err != nil {
+		return fmt.Errorf("raise bridge: %w", err)
+	}
+	// Forwarding only where it is needed: from and to the containers.
+	for _, f := range []string{"/proc/sys/net/ipv4/ip_forward"} {
+		if err := os.WriteFile(f, []byte("1"), 0); err != nil {
+			return fmt.Errorf("enable forwarding: %w", err)
+		}
+	}
+	return nil
+}
+
+// checkSubnet refuses a range that the host uses already.
+func (n *Network) checkSubnet() error {
+	routes, err := netlink.RouteList(nil, netlink.FAMILY_V4)
+	if err != nil {
+		return fmt.Errorf("list routes: %w", err)
+	}
+	for _, r := range routes {
+		if r.Dst == nil {
+			continue
+		}
+		ip, ok := netip.AddrFromSlice(r.Dst.IP.To4())
+		ones, _ := r.Dst.Mask.Size()
+		if p := netip.PrefixFrom(ip, ones); ok && ones > 0 && p.Overlaps(n.cfg.Subnet) {
+			return &fleet.Error{Op: "open network", Subject: n.cfg.Subnet.String(), Kind: fleet.ErrConflict, Err: fmt.Errorf("the host has a route to %s", p), Hint: "choose another range with network.subnet in the configuration"}
+		}
+	}
+	return nil
+}
+
+// take gives the address that has been free for longest.
+func (n *Network) take(id string) (netip.Addr, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	first := n.gateway.Next()
+	for a, tries := n.next, 0; tries < 1<<(32-n.cfg.Subnet.Bits()); tries++ {
+		if !n.cfg.Subnet.Contains(a.Next()) { // a is the broadcast address
+			a = first
+		}
+		if _, taken := n.used[a]; !taken {
+			n.used[a] = id
+			n.next = a.Next()
+			return a, nil
+		}
+		a = a.Next()
+	}
+	return netip.Addr{}, &fleet.Error{Op: "take an address", Subject: n.cfg.Subnet.String(), Kind: fleet.ErrOverloaded, Err: errors.New("all addresses are in use"), Hint: "choose a larger network.subnet"}
+}
+
+func (n *Network) free(a netip.Addr) {
+	n.mu.Lock()
+	delete(n.used, a)
+	n.mu.Unlock()
+}
+
+// Attach connects the network namespace behind a descriptor. id must be unique
+// on the host and at most 15 bytes: it is the interface's name.
+func (n *Network) Attach(ctx context.Context, id string, netns int) (_ Lease, err error) {
+	if err := ctx.Err(); err != nil {
+		return Lease{}, err
+	}
+	addr, err := n.take(id)
+	if err != nil {
+		return Lease{}, err
+	}
+	defer func() {
+		if err != nil {
+			n.free(addr)
+		}
+	}()
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.MasterIndex, attrs.TxQLen = id, n.bridge, 1000
+	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: "eth0", PeerNamespace: netlink.NsFd(netns)}
+	if err := netlink.LinkAdd(veth); err != nil {
+		return Lease{}, fmt.Errorf("make interface %s: %w", id, err)
+	}
+	defer func() {
+		if err != nil {
+			_ = netlink.LinkDel(veth)
+		}
+	}()
+	link, err := netlink.LinkByName(id)
+	if err != nil {
+		return Lease{}, fmt.Errorf("find interface %s: %w", id, err)
+	}
+	if err := netlink.LinkSetIsolated(link, true); err != nil {
+		return Lease{}, fmt.Errorf("isolate interface %s: %w", id, err)
+	}
+	if err := netlink.LinkSetUp(link); err != nil {
+		return Lease{}, fmt.Errorf("raise interface %s: %w", id, err)
+	}
+	if err := inNamespace(netns, func() error { return n.furnish(addr) }); err != nil {
+		return Lease{}, fmt.Errorf("set up namespace of %s: %w", id, err)
+	}
+	return Lease{ID: id, Veth: id, Address: addr}, nil
+}
+
+// furnish sets up the calling thread's network namespace.
+func (n *Network) furnish(addr netip.Addr) error {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	lo, err := h.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	eth, err := h.LinkByName("eth0")
+	if err != nil {
+		return err
+	}
+	for _, l := range []netlink.Link{lo, eth} {
+		if l == eth {
+			ip := &net.IPNet{IP: addr.AsSlice(), Mask: net.CIDRMask(n.cfg.Subnet.Bits(), 32)}
+			if err := h.AddrAdd(eth, &netlink.Addr{IPNet: ip}); err != nil {
+				return fmt.Errorf("give address: %w", err)
+			}
+		}
+		if err := h.LinkSetUp(l); err != nil {
+			return fmt.Errorf("raise %s: %w", l.Attrs().Name, err)
+		}
+	}
+	if err := h.RouteAdd(&netlink.Route{LinkIndex: eth.Attrs().Index, Gw: n.gateway.AsSlice()}); err != nil {
+		return fmt.Errorf("set route: %w", err)
+	}
+	for _, s := range [][2]string{
+		{"ipv4/ip_unprivileged_port_start", "0"},
+		{"ipv4/ping_group_range", "0 65535"},
+		{"ipv6/conf/all/disable_ipv6", "1"},
+	} {
+		err := os.WriteFile("/proc/sys/net/"+s[0], []byte(s[1]), 0)
+		if err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.EINVAL) {
+			return err
+		}
+	}
+	return nil
+}
+
+// inNamespace runs f on a thread in another network namespace.
+func inNamespace(netns int, f func() error) error {
+	errs := make(chan error, 1)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		// Never unlocked: the runtime ends the thread, and nobody else ever runs
+		// on one that is in the wrong namespace.
+		runtime.LockOSThread()
+		if err := unix.Setns(netns, unix.CLONE_NEWNET); err != nil {
+			errs <- fmt.Errorf("enter network namespace: %w", err)
+			return
+		}
+		errs <- f()
+	})
+	wg.Wait()
+	return <-errs
+}
+
+// Detach removes a connection. It may be repeated.
+func (n *Network) Detach(_ context.Context, l Lease) error {
+	n.mu.Lock()
+	if n.used[l.Address] == l.ID {
+		delete(n.used, l.Address)
+	}
+	n.mu.Unlock()
+	link, err := netlink.LinkByName(l.Veth)
+	if _, missing := errors.AsType[netlink.LinkNotFoundError](err); missing {
+		return nil
+	}
+	if err == nil {
+		err = netlink.LinkDel(link)
+	}
+	if err != nil && !errors.Is(err, unix.ENODEV) {
+		return fmt.Errorf("remove interface %s: %w", l.Veth, err)
+	}
+	return nil
+}
+
+// Adopt marks the address of a connection that an earlier process made.
+func (n *Network) Adopt(l Lease) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if owner, ok := n.used[l.Address]; ok && owner != l.ID {
+		return fmt.Errorf("address %s belongs to %s already", l.Address, owner)
+	}
+	n.used[l.Address] = l.ID
+	return nil
+}
+
+// Clean removes every connection on the bridge that is not in keep.
+func (n *Network) Clean(ctx context.Context, keep []string) ([]string, error) {
+	links, err := netlink.LinkList()
+	if err != nil {
+		return nil, fmt.Errorf("list interfaces: %w", err)
+	}
+	var removed []string
+	var errs []error
+	for _, l := range links {
+		name := l.Attrs().Name
+		if l.Attrs().MasterIndex != n.bridge || slices.Contains(keep, name) {
+			continue
+		}
+		if err := n.Detach(ctx, Lease{ID: name, Veth: name}); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		removed = append(removed, name)
+	}
+	return removed, errors.Join(errs...)
+}
+
+// ResolvConf is what containers find as /etc/resolv.conf.
+func (n *Network) ResolvConf() []byte { return n.resolv }
+
+func resolvConf(servers []netip.Addr) []byte {
+	if len(servers) == 0 {
+		for _, f := range []string{"/run/systemd/resolve/resolv.conf", "/etc/resolv.conf"} {
+			b, err := os.ReadFile(f)
+			if err != nil {
+				continue
+			}
+			for line := range strings.Lines(string(b)) {
+				fields := strings.Fields(line)
+				if len(fields) < 2 || fields[0] != "nameserver" {
+					continue
+				}
+				if a, err := netip.ParseAddr(fields[1]); err == nil && !a.IsLoopback() && a.Is4() {
+					servers = append(servers, a)
+				}
+			}
+			if len(servers) > 0 {
+				break
+			}
+		}
+	}
+	var b strings.Builder
+	for _, s := range servers[:min(len(servers), 3)] {
+		b.WriteString("nameserver " + s.String() + "\n")
+	}
+	return []byte(b.String())
+}
