@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os"
 	"strconv"
+	"sync/atomic"
 	"time"
 )
 
@@ -85,6 +86,8 @@ type pump struct {
 	t    *transfer
 	body slowBody
 	done chan struct{}
+	// failed: the client's part failed by itself, run is about to end.
+	failed atomic.Bool
 	// Valid once done is closed.
 	readErr  error // of the client
 	writeErr error // of the instance
@@ -107,6 +110,7 @@ func (p *pump) run() {
 	p.readErr, p.writeErr = p.copy()
 	if p.readErr != nil {
 		// The instance cannot answer a request that it will never have whole.
+		p.failed.Store(true)
 		p.t.c.abort()
 	}
 }
@@ -170,9 +174,11 @@ func (p *pump) stop() bool {
 	select {
 	case <-p.done:
 	default:
-		p.stopped = true
-		p.t.x.readDeadline(longAgo)
-		p.t.c.abort()
+		if !p.failed.Load() {
+			p.stopped = true
+			p.t.x.readDeadline(longAgo)
+			p.t.c.abort()
+		}
 		<-p.done
 	}
 	return !p.stopped && p.readErr == nil && p.writeErr == nil

@@ -29,6 +29,8 @@ type exchange struct {
 	lease   Lease
 	stages  *fleet.Stages
 	took    stageTimes
+	out     outgoing
+	t       transfer // on the connection in use
 
 	code     int // sent to the client; 0: none
 	bytes    int64
@@ -91,9 +93,9 @@ func (x *exchange) serve() {
 	x.app = target.App()
 	buf := heads.Get().(*[]byte)
 	defer heads.Put(buf)
-	var out outgoing
+	out := &x.out
 	if x.protocol != protoGRPC {
-		res := x.prepare(&out, (*buf)[:0])
+		res := x.prepare(out, (*buf)[:0])
 		if cap(out.head) <= maxKeptHead {
 			*buf = out.head[:0]
 		}
@@ -119,7 +121,7 @@ func (x *exchange) serve() {
 			x.refuse(http.StatusBadGateway, refusedGateway, fmt.Errorf("instance %s has no upstream of this package", lease.Instance()))
 			return
 		}
-		res := x.forward(in, &out)
+		res := x.forward(in, out)
 		if res.refused {
 			lease.Refused()
 			if attempt < maxInstances && r.Context().Err() == nil {

@@ -70,22 +70,25 @@ func (x *exchange) forward(in *instance, out *outgoing) result {
 // request came there, and that the request may be sent on another one.
 func (x *exchange) try(c *instanceConn, out *outgoing) (res result, stale bool) {
 	c.begin()
+	var unfollow func() bool // false: the client left, and c has been or will be aborted
 	if x.r.ProtoMajor == 1 {
+		unfollow = x.conn.unfollow
 		if !x.conn.follow(c) {
 			x.conn.unfollow()
 			c.close()
 			return result{left: true}, false
 		}
 	} else {
-		defer context.AfterFunc(x.r.Context(), c.abort)()
+		unfollow = context.AfterFunc(x.r.Context(), c.abort)
 	}
-	t := transfer{x: x, c: c, out: out}
+	x.t = transfer{x: x, c: c, out: out}
+	t := &x.t
 	res, stale = t.run()
 	if !t.upgraded {
 		if t.pump != nil && !t.pump.stop() {
 			t.reuse = false
 		}
-		if x.r.ProtoMajor == 1 && !x.conn.unfollow() {
+		if !unfollow() { // before c may serve anybody else
 			t.reuse = false
 		}
 		if t.reuse && res.code == 0 {
@@ -243,7 +246,7 @@ func (t *transfer) respond(block string) result {
 		h["Trailer"] = d.trailer
 	}
 	if d.length >= 0 && d.code != http.StatusNoContent {
-		h["Content-Length"] = []string{strconv.FormatInt(d.length, 10)}
+		h["Content-Length"] = []string{d.lengthText}
 	}
 	x.serverTiming(h)
 	x.code = d.code

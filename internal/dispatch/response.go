@@ -13,14 +13,15 @@ import (
 // responseHead is the header of a response from an instance, read with no
 // trust in it.
 type responseHead struct {
-	code    int
-	length  int64 // -1: not said
-	chunked bool
-	close   bool
-	upgrade string
-	events  bool     // text/event-stream
-	trailer []string // names announced
-	named   []string // by Connection
+	code       int
+	length     int64 // -1: not said
+	lengthText string
+	chunked    bool
+	close      bool
+	upgrade    string
+	events     bool     // text/event-stream
+	trailer    []string // names announced
+	named      []string // by Connection
 }
 
 var (
@@ -166,7 +167,7 @@ func (d *responseHead) own(name, value string, old bool) error {
 		if !ok || d.length >= 0 && d.length != n {
 			return errMalformed
 		}
-		d.length = n
+		d.length, d.lengthText = n, value
 	case "Transfer-Encoding":
 		if d.chunked || old || !strings.EqualFold(value, "chunked") {
 			return errMalformed
