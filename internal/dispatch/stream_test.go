@@ -153,6 +153,16 @@ func TestWebSocket_ClosingWithinFrame(t *testing.T) {
 		t.Fatalf("got %q, %v", half, err)
 	}
 	close(in.closing)
+	eventually(t, "the tunnel knows", func() bool {
+		f.srv.tmu.Lock()
+		defer f.srv.tmu.Unlock()
+		for tn := range f.srv.open {
+			tn.down.mu.Lock()
+			defer tn.down.mu.Unlock()
+			return tn.down.closing
+		}
+		return false
+	})
 	close(more)
 	if got := c.ended(); got != "cd\x88\x02\x03\xe9" {
 		t.Errorf("got %q", got)
