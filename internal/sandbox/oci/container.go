@@ -35,6 +35,7 @@ type container struct {
 	link    sandbox.Link
 	pid     int // 0: not born
 	started uint64
+	family  family // of runsc
 	timings sandbox.Timings
 	streams *streams
 
@@ -159,22 +160,33 @@ func (c *container) run() error {
 	ctx, cancel := context.WithTimeout(context.Background(), callTimeout)
 	defer cancel()
 	pidFile, log := filepath.Join(c.dir(), "pid"), filepath.Join(c.dir(), "log")
-	opts := &runc.CreateOpts{IO: c.streams, PidFile: pidFile, Detach: true, NoNewKeyring: false}
+	opts := &runc.CreateOpts{IO: c.streams, PidFile: pidFile}
 	if c.streams.console != nil {
 		opts.ConsoleSocket = c.streams.console
 	}
-	_, err := c.r.client(log).Run(ctx, c.name, c.dir(), opts)
+	client := c.r.client(log)
+	var err error
+	if c.r.kind == "runsc" {
+		err = client.Create(ctx, c.name, c.dir(), opts)
+	} else {
+		opts.Detach = true
+		_, err = client.Run(ctx, c.name, c.dir(), opts)
+	}
 	_ = c.streams.Close()
 	if c.pid, _ = readPID(pidFile); c.pid != 0 {
 		c.started, _ = startTime(c.pid)
 	}
+	if err == nil && c.pid == 0 {
+		err = fmt.Errorf("%s told no pid", c.r.kind)
+	}
+	if err == nil && c.r.kind == "runsc" {
+		if err = c.enlist(); err == nil {
+			err = client.Start(ctx, c.name)
+		}
+	}
 	if err != nil {
 		c.streams.abort()
 		return c.explain(err, log)
-	}
-	if c.pid == 0 {
-		c.streams.abort()
-		return fmt.Errorf("start %s: %s told no pid", c.spec.ID, c.r.kind)
 	}
 	return c.streams.run(ctx)
 }
@@ -248,6 +260,7 @@ func (c *container) watch() error {
 		if c.streams != nil && c.streams.spec != nil {
 			c.streams.wait()
 		}
+		c.family.collect()
 		exit.OOM = c.group.OOMKills() > 0
 		c.exit = exit
 		close(c.done)
@@ -276,7 +289,7 @@ type state struct {
 	LogMax  fleet.Bytes      `json:"log_max,omitempty"`
 	Dir     string           `json:"dir,omitempty"`
 	User    string           `json:"user,omitempty"`
-	Layers  []string         `json:"layers,omitempty"`
+	Family  family           `json:"family"`
 }
 
 func (c *container) ID() fleet.InstanceID     { return c.spec.ID }
@@ -289,7 +302,7 @@ func (c *container) Exit() sandbox.Exit       { return c.exit }
 func (c *container) State() json.RawMessage {
 	s := state{
 		ID: c.spec.ID, Name: c.name, PID: c.pid, Started: c.started, UIDs: c.ids, Link: c.link,
-		LogMax: c.spec.LogMax, Dir: c.spec.Dir, User: c.spec.User, Layers: c.spec.Layers,
+		LogMax: c.spec.LogMax, Dir: c.spec.Dir, User: c.spec.User, Family: c.family,
 	}
 	if c.spec.Stdio == nil {
 		s.Log = c.spec.Log
@@ -387,6 +400,7 @@ func (c *container) remove(ctx context.Context) error {
 		if p, err := openProcess(c.pid, c.started); err == nil {
 			_, _ = p.wait()
 		}
+		c.family.collect()
 	}
 	errs = append(errs, c.forget(ctx), c.group.Remove(ctx), c.r.removeCgroups(ctx, c.name))
 	if c.r.network != nil && c.link.Name != "" {

@@ -39,7 +39,11 @@ func (c *container) Exec(ctx context.Context, p sandbox.Process) (int, error) {
 	if p.User == "" {
 		p.User = c.spec.User
 	}
-	top, err := os.OpenFile("/proc/"+strconv.Itoa(c.pid)+"/root", unix.O_PATH|unix.O_DIRECTORY, 0)
+	inside := c.pid
+	if c.family.Gofer != 0 {
+		inside = c.family.Gofer
+	}
+	top, err := os.OpenFile("/proc/"+strconv.Itoa(inside)+"/root", unix.O_PATH|unix.O_DIRECTORY, 0)
 	if err != nil {
 		return -1, fmt.Errorf("exec in %s: %w", c.spec.ID, err)
 	}
@@ -62,7 +66,8 @@ func (c *container) Exec(ctx context.Context, p sandbox.Process) (int, error) {
 	base := filepath.Join(c.dir(), "exec-"+newName())
 	pidFile, log := base+".pid", base+".log"
 	defer func() { _, _ = os.Remove(pidFile), os.Remove(log) }()
-	opts := &runc.ExecOpts{IO: s, PidFile: pidFile, LogFile: log, Detach: true}
+	started := make(chan int, 1)
+	opts := &runc.ExecOpts{IO: s, PidFile: pidFile, LogFile: log, Detach: true, Started: started}
 	if s.console != nil {
 		opts.ConsoleSocket = s.console
 	}
@@ -76,6 +81,8 @@ func (c *container) Exec(ctx context.Context, p sandbox.Process) (int, error) {
 		return c.r.client(log).Exec(callCtx, c.name, *spec, opts)
 	})
 	_ = s.Close()
+	// crun leaves a child in its process group that nobody has waited for.
+	defer collectGroup(<-started)
 	if err != nil {
 		s.abort()
 		return -1, c.explain(err, log)

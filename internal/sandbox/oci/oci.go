@@ -274,9 +274,9 @@ func (r *Runtime) Adopt(ctx context.Context, raw json.RawMessage) (sandbox.Sandb
 		return nil, fmt.Errorf("adopt container: %q is not the name of one", s.Name)
 	}
 	c := r.newContainer(s.Name, sandbox.Spec{
-		ID: s.ID, App: s.ID.App(), Log: s.Log, LogMax: s.LogMax, Dir: s.Dir, User: s.User, Layers: s.Layers, UserNS: s.UIDs.Size > 0,
+		ID: s.ID, App: s.ID.App(), Log: s.Log, LogMax: s.LogMax, Dir: s.Dir, User: s.User, UserNS: s.UIDs.Size > 0,
 	})
-	c.ids, c.link, c.pid, c.started = s.UIDs, s.Link, s.PID, s.Started
+	c.ids, c.link, c.pid, c.started, c.family = s.UIDs, s.Link, s.PID, s.Started, s.Family
 	if err := r.own(c); err != nil {
 		return nil, err
 	}

@@ -1,12 +1,9 @@
 package oci
 
 import (
-	"bytes"
 	"errors"
-	"fmt"
 	"os"
 	"strconv"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -88,17 +85,23 @@ func collect(pid, pidfd int) (sandbox.Exit, bool) {
 	return exit, true
 }
 
+// collectGroup takes the children of ours in a process group that have ended.
+func collectGroup(group int) {
+	for group > 0 {
+		var ws unix.WaitStatus
+		pid, err := unix.Wait4(-group, &ws, unix.WNOHANG, nil)
+		if pid <= 0 && !errors.Is(err, unix.EINTR) {
+			return
+		}
+	}
+}
+
 // startTime is field 22 of /proc/PID/stat: when the process started, in clock
 // ticks since boot. With the pid it names a process for good.
 func startTime(pid int) (uint64, error) {
-	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	fields, err := statFields(pid)
 	if err != nil {
 		return 0, err
-	}
-	// The second field is the program's name in parentheses and may hold anything.
-	fields := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
-	if len(fields) < 20 {
-		return 0, fmt.Errorf("read start time of process %d: too few fields", pid)
 	}
 	return strconv.ParseUint(fields[19], 10, 64)
 }
