@@ -81,7 +81,8 @@ func (c *container) Exec(ctx context.Context, p sandbox.Process) (int, error) {
 		return c.r.client(log).Exec(callCtx, c.name, *spec, opts)
 	})
 	_ = s.Close()
-	// crun leaves a child in its process group that nobody has waited for.
+	// crun may leave a child in its process group; the program itself is in it,
+	// too, so this comes last.
 	defer collectGroup(<-started)
 	if err != nil {
 		s.abort()

@@ -21,7 +21,7 @@ import (
 // or a terminal. They are go-runc's IO for the call that starts it.
 type streams struct {
 	spec    *sandbox.Stdio
-	theirs  [3]*os.File // nil: /dev/null
+	theirs  [3]*os.File // some may be the same
 	ours    []*os.File
 	console *console
 	tty     *os.File
@@ -34,14 +34,15 @@ type streams struct {
 // reopen /dev/stdout by name.
 func openLog(name string, uid int) (*streams, error) {
 	s := &streams{over: make(chan struct{})}
-	if name == "" {
-		return s, nil
+	if err := s.openNull(); err != nil || name == "" {
+		return s, err
 	}
 	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
+		s.Close()
 		return nil, fmt.Errorf("open log: %w", err)
 	}
-	s.theirs = [3]*os.File{nil, f, f}
+	s.theirs[1], s.theirs[2] = f, f
 	if err := f.Chown(uid, -1); err != nil {
 		s.Close()
 		return nil, fmt.Errorf("give log to the container: %w", err)
@@ -60,6 +61,10 @@ func openStdio(spec *sandbox.Stdio, uid int, dir string) (_ *streams, err error)
 		}
 	}()
 	if spec.TTY {
+		// The terminal takes their place inside.
+		if err := s.openNull(); err != nil {
+			return nil, err
+		}
 		s.console, err = newConsole(dir)
 		return s, err
 	}
@@ -84,6 +89,15 @@ func openStdio(spec *sandbox.Stdio, uid int, dir string) (_ *streams, err error)
 	return s, nil
 }
 
+func (s *streams) openNull() error {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return fmt.Errorf("open stdio: %w", err)
+	}
+	s.theirs = [3]*os.File{null, null, null}
+	return nil
+}
+
 // sameWriter compares two writers, whose types may not be comparable.
 func sameWriter(a, b io.Writer) bool {
 	defer func() { _ = recover() }()
@@ -92,15 +106,7 @@ func sameWriter(a, b io.Writer) bool {
 
 // Set gives a command the program's ends.
 func (s *streams) Set(cmd *exec.Cmd) {
-	if f := s.theirs[0]; f != nil {
-		cmd.Stdin = f
-	}
-	if f := s.theirs[1]; f != nil {
-		cmd.Stdout = f
-	}
-	if f := s.theirs[2]; f != nil {
-		cmd.Stderr = f
-	}
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = s.theirs[0], s.theirs[1], s.theirs[2]
 }
 
 // The other methods of go-runc's IO; it does not call them.
@@ -109,14 +115,14 @@ func (s *streams) Stdin() io.WriteCloser { return nil }
 func (s *streams) Stdout() io.ReadCloser { return nil }
 func (s *streams) Stderr() io.ReadCloser { return nil }
 
-// Close closes the program's ends; the program has its own by then.
+// Close closes the program's ends; the program has its own by then. It may be
+// repeated.
 func (s *streams) Close() error {
-	for i, f := range s.theirs {
-		if f != nil && (i != 2 || f != s.theirs[1]) {
-			_ = f.Close()
+	for _, f := range s.theirs {
+		if f != nil {
+			_ = f.Close() // the same one again is an error of no meaning
 		}
 	}
-	s.theirs = [3]*os.File{}
 	return nil
 }
 
