@@ -49,6 +49,7 @@ type member struct {
 	unused    time.Time // end of the last response
 	retiring  bool
 	replacing string        // why a successor is under way; "" if none is
+	birth     *birth        // nil if it was adopted
 	quiet     chan struct{} // closed when retiring and nothing is in flight
 	closing   chan struct{} // closed when long-lived streams must end
 }
@@ -63,8 +64,30 @@ type hold struct {
 
 // Lease is a slot on an instance: see dispatch.Lease, whose methods it has.
 type Lease struct {
-	m      *member
-	stages *fleet.Stages
+	m *member
+	// birth is the start that the request waited for, or nil.
+	birth *birth
+}
+
+// birth is the ready event of an instance that requests waited for. It is told
+// with the timings of the first answer, so it waits for that a little.
+type birth struct {
+	tell   func(fleet.Event)
+	stages *fleet.Stages // only read
+	once   sync.Once
+	event  fleet.Event
+}
+
+// birthWait is the longest that a ready event waits for the first answer.
+const birthWait = time.Second
+
+func (b *birth) answered(connect, firstByte time.Duration) {
+	b.once.Do(func() {
+		s := *b.stages
+		s.Connect, s.FirstByte = connect.Microseconds(), firstByte.Microseconds()
+		b.event.Stages = &s
+		b.tell(b.event)
+	})
 }
 
 // Name of the app.
@@ -168,7 +191,7 @@ func (a *App) free() *member {
 }
 
 // serve gives free slots to the oldest holds. The caller holds the lock.
-func (a *App) serve(stages *fleet.Stages) {
+func (a *App) serve(b *birth) {
 	for a.waiting != nil {
 		m := a.free()
 		if m == nil {
@@ -178,7 +201,7 @@ func (a *App) serve(stages *fleet.Stages) {
 		h := place.Value.(*hold) //nolint:forcetypeassert // only holds are queued
 		a.drop(place)
 		m.inflight++
-		h.lease = &Lease{m: m, stages: stages}
+		h.lease = &Lease{m: m, birth: b}
 		close(h.done)
 	}
 }
@@ -235,12 +258,12 @@ func (a *App) start(cause string, retire *member) {
 	}
 	a.k.work.Go(func() {
 		inst, err := a.k.cfg.Node.Start(a.k.ctx, rev, cause, stages)
-		a.started(inst, err, stages, retire)
+		a.started(inst, err, cause, stages, retire)
 	})
 }
 
 // started takes up the end of a start.
-func (a *App) started(inst Instance, err error, stages *fleet.Stages, retire *member) {
+func (a *App) started(inst Instance, err error, why string, stages *fleet.Stages, retire *member) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.starting--
@@ -265,7 +288,17 @@ func (a *App) started(inst Instance, err error, stages *fleet.Stages, retire *me
 		return
 	}
 	a.failures, a.lastErr = 0, nil
-	a.join(inst, stages)
+	info := inst.Info()
+	b := &birth{tell: a.k.cfg.Events, stages: stages, event: fleet.Event{
+		Time: info.ReadyAt, Type: fleet.EventReady, App: a.name, Instance: info.ID, Revision: info.Revision, Node: info.Node,
+		Cause: why, Kind: info.Kind,
+	}}
+	if a.waiting == nil {
+		b.answered(0, 0)
+	} else {
+		time.AfterFunc(birthWait, func() { b.answered(0, 0) })
+	}
+	a.join(inst, b)
 	if retire != nil && !retire.retiring {
 		a.retire(retire, cause)
 	}
@@ -285,16 +318,16 @@ func (a *App) serving() int {
 }
 
 // join puts a ready instance into the route. The caller holds the lock.
-func (a *App) join(inst Instance, stages *fleet.Stages) {
+func (a *App) join(inst Instance, b *birth) {
 	info := inst.Info()
-	m := &member{app: a, inst: inst, info: info, unused: time.Now(), quiet: make(chan struct{}), closing: make(chan struct{})}
+	m := &member{app: a, inst: inst, info: info, birth: b, unused: time.Now(), quiet: make(chan struct{}), closing: make(chan struct{})}
 	m.upstream = a.k.cfg.Attach(info.ID, info.Address)
 	a.ready = append(a.ready, m)
 	if a.stopped || a.removed {
 		a.retire(m, "the app is stopped")
 		return
 	}
-	a.serve(stages)
+	a.serve(b)
 }
 
 func (a *App) adopt(inst Instance) {
@@ -359,6 +392,13 @@ func (a *App) judge() {
 	}
 }
 
+// announce sees to it that the instance's birth is told before its end.
+func (m *member) announce() {
+	if m.birth != nil {
+		m.birth.answered(0, 0)
+	}
+}
+
 // life is an instance's present.
 func (m *member) life(now time.Time, current fleet.RevisionID, siblings int) homeostat.Life {
 	l := homeostat.Life{InFlight: m.inflight, Outdated: m.info.Revision != current, Siblings: siblings}
@@ -377,6 +417,7 @@ func (m *member) life(now time.Time, current fleet.RevisionID, siblings int) hom
 // has finished. The caller holds the lock.
 func (a *App) retire(m *member, cause string) {
 	m.retiring = true
+	m.announce()
 	if m.inflight == 0 {
 		close(m.quiet)
 	}
@@ -439,6 +480,7 @@ func (a *App) gone(id fleet.InstanceID) {
 	}
 	m := a.ready[i]
 	m.retiring = true
+	m.announce()
 	a.ready = slices.Delete(a.ready, i, i+1)
 	// An instance that lives for a moment only is a failed start by another name.
 	if time.Since(m.inst.Ready()) < 5*time.Second {
@@ -557,7 +599,19 @@ func (l *Lease) Address() netip.AddrPort { return l.m.info.Address }
 func (l *Lease) Upstream() io.Closer { return l.m.upstream }
 
 // Stages of the start that the request waited for, or nil.
-func (l *Lease) Stages() *fleet.Stages { return l.stages }
+func (l *Lease) Stages() *fleet.Stages {
+	if l.birth == nil {
+		return nil
+	}
+	return l.birth.stages
+}
+
+// Answered tells how long the connection and the first byte took.
+func (l *Lease) Answered(connect, firstByte time.Duration) {
+	if l.birth != nil {
+		l.birth.answered(connect, firstByte)
+	}
+}
 
 // Closing is closed when long-lived streams must end.
 func (l *Lease) Closing() <-chan struct{} { return l.m.closing }

@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -254,18 +253,17 @@ func connectFailed(err error) result {
 	return result{broken: true, code: http.StatusBadGateway, why: refusedGateway, err: err}
 }
 
-// noteConnect and noteFirstByte fill in what the first request after a start saw.
+// noteConnect and noteFirstByte time what a request saw that waited for a start.
 func (x *exchange) noteConnect(since time.Time) {
 	if x.stages != nil {
 		x.took.connect = max(1, time.Since(since).Microseconds())
-		atomic.CompareAndSwapInt64(&x.stages.Connect, 0, x.took.connect)
 	}
 }
 
 func (x *exchange) noteFirstByte(since time.Time) {
 	if x.stages != nil {
 		x.took.firstByte = max(1, time.Since(since).Microseconds())
-		atomic.CompareAndSwapInt64(&x.stages.FirstByte, 0, x.took.firstByte)
+		x.lease.Answered(time.Duration(x.took.connect)*time.Microsecond, time.Duration(x.took.firstByte)*time.Microsecond)
 	}
 }
 

@@ -50,6 +50,7 @@ type fakeTarget struct {
 	mu        sync.Mutex
 	err       error
 	stages    *fleet.Stages
+	answered  chan [2]time.Duration // of a request that has stages
 	instances []*fakeInstance
 
 	waiting  atomic.Int64
@@ -102,6 +103,11 @@ func (l *fakeLease) Instance() fleet.InstanceID { return fleet.InstanceID(l.t.ap
 func (l *fakeLease) Address() netip.AddrPort    { return l.in.addr }
 func (l *fakeLease) Upstream() io.Closer        { return l.in.upstream }
 func (l *fakeLease) Stages() *fleet.Stages      { return l.stages }
+func (l *fakeLease) Answered(connect, firstByte time.Duration) {
+	if l.t.answered != nil {
+		l.t.answered <- [2]time.Duration{connect, firstByte}
+	}
+}
 func (l *fakeLease) Closing() <-chan struct{}   { return l.in.closing }
 
 func (l *fakeLease) end() {

@@ -37,10 +37,12 @@ type Lease interface {
 	// Upstream is what the front door attached to this instance (see Attach):
 	// its connection pool.
 	Upstream() io.Closer
-	// Stages of the start that this request waited for; nil if it met a ready
-	// instance. The front door fills in Connect and FirstByte of the request
-	// that caused the start.
+	// Stages of the start that this request waited for, which are only read;
+	// nil if it met a ready instance.
 	Stages() *fleet.Stages
+	// Answered tells, where there are Stages, how long the connection took and
+	// from then on the first byte of the response.
+	Answered(connect, firstByte time.Duration)
 	// Closing is closed when the instance wants to be rid of long-lived streams
 	// (WebSocket, server-sent events): its drain time is over.
 	Closing() <-chan struct{}

@@ -84,6 +84,7 @@ type Instance struct {
 	rev     fleet.Revision
 	box     sandbox.Sandbox
 	release func() // of the image
+	end     sync.Once
 	log     string
 
 	mu      sync.Mutex
@@ -130,8 +131,8 @@ func (i *Instance) move(to fleet.State) error {
 }
 
 // Start makes an instance of a revision and returns when it is ready. stages
-// holds what is known of the start so far and gets the rest. If ctx ends the
-// start is given up and nothing is left.
+// holds what is known of the start so far and gets the rest; the caller makes
+// the ready event of it. If ctx ends the start is given up and nothing is left.
 func (n *Node) Start(ctx context.Context, rev fleet.Revision, cause string, stages *fleet.Stages) (*Instance, error) {
 	id := fleet.NewInstanceID(rev.App)
 	began := time.Now()
@@ -153,9 +154,6 @@ func (n *Node) Start(ctx context.Context, rev fleet.Revision, cause string, stag
 		_ = n.remove(context.Background(), i) // logged
 		return nil, err
 	}
-	e := n.newEvent(i, fleet.EventReady, cause)
-	e.Kind, e.Stages = fleet.ColdStart, stages
-	n.cfg.Events(e)
 	return i, nil
 }
 
@@ -285,7 +283,9 @@ func (n *Node) Stop(ctx context.Context, i *Instance, cause string) error {
 		sig = stopSignal(img.Config.StopSignal)
 	}
 	detail := ""
-	if err := i.box.Signal(sig); err == nil {
+	if deaf(i.box.PID(), sig) {
+		detail = fmt.Sprintf("its first process has no handler for %v, so the kernel would not deliver it: killed", sig)
+	} else if err := i.box.Signal(sig); err == nil {
 		grace := time.NewTimer(i.rev.Spec.Drain.Std())
 		defer grace.Stop()
 		select {
@@ -301,8 +301,13 @@ func (n *Node) Stop(ctx context.Context, i *Instance, cause string) error {
 	return err
 }
 
-// remove leaves nothing of an instance.
-func (n *Node) remove(ctx context.Context, i *Instance) error {
+// remove leaves nothing of an instance. Only its first caller does anything.
+func (n *Node) remove(ctx context.Context, i *Instance) (err error) {
+	i.end.Do(func() { err = n.removeOnce(ctx, i) })
+	return err
+}
+
+func (n *Node) removeOnce(ctx context.Context, i *Instance) error {
 	var err error
 	if i.box != nil {
 		// A cgroup that will not go is retried by the next Clean; the instance

@@ -44,7 +44,8 @@ func (i *Instance) awaitReady(ctx context.Context) error {
 				return nil
 			}
 		}
-		if ctx.Err() == nil {
+		// A dial that the end of the wait cut off says nothing about the app.
+		if _, late := errors.AsType[net.Error](err); ctx.Err() == nil && !(late && last != nil) {
 			last = err
 		}
 		timer.Reset(pace(time.Since(began)))

@@ -118,6 +118,31 @@ func stopSignal(s string) syscall.Signal {
 	return syscall.SIGTERM
 }
 
+// deaf tells that a process is the first of its PID namespace and does not
+// handle a signal: then the kernel ignores it (pid_namespaces(7)), and waiting
+// for the process to obey would be in vain.
+func deaf(pid int, sig syscall.Signal) bool {
+	if sig == syscall.SIGKILL {
+		return false
+	}
+	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/status")
+	if err != nil {
+		return false
+	}
+	first, caught := false, true
+	for line := range strings.Lines(string(b)) {
+		switch key, value, _ := strings.Cut(line, ":"); key {
+		case "NSpid":
+			ids := strings.Fields(value)
+			first = len(ids) > 1 && ids[len(ids)-1] == "1"
+		case "SigCgt":
+			mask, err := strconv.ParseUint(strings.TrimSpace(value), 16, 64)
+			caught = err != nil || mask&(1<<(sig-1)) != 0
+		}
+	}
+	return first && !caught
+}
+
 func addrPort(a netip.Addr, port int) netip.AddrPort {
 	return netip.AddrPortFrom(a, uint16(port)) //nolint:gosec // checked when the app was deployed
 }

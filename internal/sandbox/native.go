@@ -96,7 +96,8 @@ type Native struct {
 const destroyTimeout = 20 * time.Second
 
 // Open makes the native runtime ready: it builds the init program, makes the
-// root cgroup and prepares the first sandboxes in the background.
+// root cgroup. Sandboxes are prepared ahead from the first Clean or Start on:
+// what is to be adopted must have its addresses and uids first.
 func Open(ctx context.Context, c Config) (*Native, error) {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
@@ -363,6 +364,11 @@ func (n *Native) Adopt(ctx context.Context, raw json.RawMessage) (Sandbox, error
 		_ = unix.Close(pidfd)
 		return gone()
 	}
+	if poll := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}; pollNow(poll) { //nolint:gosec // a descriptor
+		_, _ = collect(pidfd) // it has ended, and nobody took notice
+		_ = unix.Close(pidfd)
+		return gone()
+	}
 	c.started = s.Started
 	p.whenEnded(c.finish)
 	if err := n.reaper.watch(pidfd, p.end); err != nil {
@@ -371,6 +377,12 @@ func (n *Native) Adopt(ctx context.Context, raw json.RawMessage) (Sandbox, error
 	}
 	n.keep(c)
 	return c, nil
+}
+
+// pollNow tells whether a descriptor is ready at this moment.
+func pollNow(fds []unix.PollFd) bool {
+	n, err := unix.Poll(fds, 0)
+	return err == nil && n > 0
 }
 
 // Clean implements Runtime: whatever lies under the root cgroup or on the
@@ -394,6 +406,7 @@ func (n *Native) Clean(ctx context.Context, _ []fleet.InstanceID) ([]string, err
 		}
 		removed = append(removed, name)
 	}
+	defer n.pool.open()
 	if n.network != nil {
 		links, err := n.network.Clean(ctx, names)
 		errs = append(errs, err)

@@ -28,9 +28,17 @@ func newPool(n *Native, least, most int) *pool {
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	if least > 0 {
 		p.wg.Go(p.fill)
-		p.kick <- struct{}{}
 	}
 	return p
+}
+
+// open begins to fill the shelf. Before the containers of an earlier daemon
+// were adopted it must not be: what is prepared takes addresses and uids.
+func (p *pool) open() {
+	select {
+	case p.kick <- struct{}{}:
+	default:
+	}
 }
 
 // take gives the freshest sandbox of the shelf, or makes one.
@@ -50,10 +58,7 @@ func (p *pool) take(ctx context.Context) (*prepared, error) {
 		}
 	}
 	p.mu.Unlock()
-	select {
-	case p.kick <- struct{}{}:
-	default:
-	}
+	p.open()
 	if s != nil {
 		return s, nil
 	}

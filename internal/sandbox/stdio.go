@@ -38,10 +38,16 @@ func (c *container) openStdio(who Identity) (*stdio, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open log %s: %w", c.spec.Log, err)
 	}
-	s.theirs = []int{-1, fd, fd}
+	// Each of theirs is closed once, so each is a descriptor of its own.
+	dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0) //nolint:gosec // a descriptor
+	if err != nil {
+		_ = unix.Close(fd)
+		return nil, fmt.Errorf("open log %s: %w", c.spec.Log, err)
+	}
+	s.theirs = []int{-1, fd, dup}
 	// Images reopen /dev/stdout by name, which needs the right to open the file.
 	if err := unix.Fchown(fd, int(c.p.uids.base)+who.UID, -1); err != nil {
-		_ = unix.Close(fd)
+		closeAll(s.theirs)
 		return nil, fmt.Errorf("give log to the container: %w", err)
 	}
 	return s, nil
@@ -105,15 +111,10 @@ func (s *stdio) attach(t *tape, pass func(int) int) {
 		s.attachTerminal(t)
 		return
 	}
-	passed := map[int]int{}
 	for i, fd := range s.theirs {
-		if fd < 0 {
-			continue
+		if fd >= 0 {
+			t.call("set standard streams", unix.SYS_DUP3, num(pass(fd)), num(i), num(0))
 		}
-		if _, ok := passed[fd]; !ok {
-			passed[fd] = pass(fd)
-		}
-		t.call("set standard streams", unix.SYS_DUP3, num(passed[fd]), num(i), num(0))
 	}
 }
 
