@@ -409,7 +409,7 @@ func TestHold_ManyWaitAndAllAreAnswered(t *testing.T) {
 	f := newFront(t, func(c *Config) { c.ServerTiming = true })
 	f.app.awake = make(chan struct{})
 	f.app.stages = &fleet.Stages{Hold: 1000, Listen: 2500}
-	f.app.answered = make(chan [2]time.Duration, 1)
+	f.app.answered = make(chan [2]time.Duration, 40)
 	f.serve(func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, "woke") })
 	type answer struct {
 		body, timing string
