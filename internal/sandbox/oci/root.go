@@ -1,6 +1,8 @@
 package oci
 
 import (
+	"bytes"
+	"debug/elf"
 	"errors"
 	"fmt"
 	"io"
@@ -112,7 +114,7 @@ func (r root) executable(name, dir string, env []string) (string, error) {
 		st, serr := f.Stat()
 		_ = f.Close()
 		if serr == nil && !st.IsDir() && st.Mode()&0o111 != 0 {
-			return p, nil
+			return p, r.runnable(p)
 		}
 		err = unix.EACCES
 	}
@@ -121,6 +123,48 @@ func (r root) executable(name, dir string, env []string) (string, error) {
 		hint = "make the file executable in the image"
 	}
 	return "", &fleet.Error{Op: "find program", Subject: name, Kind: fleet.ErrInvalid, Err: err, Hint: hint}
+}
+
+// runnable tells whether the kernel can execute a program. Runtimes find out
+// too late to tell: they have answered by then.
+func (r root) runnable(name string) error {
+	f, err := r.open(name, unix.O_RDONLY|unix.O_NONBLOCK)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = f.Close() }()
+	invalid := func(err error, hint string) error {
+		return &fleet.Error{Op: "execute", Subject: name, Kind: fleet.ErrInvalid, Err: err, Hint: hint}
+	}
+	head := make([]byte, 256)
+	n, _ := io.ReadFull(f, head)
+	head = head[:n]
+	interpreter := ""
+	if script, ok := bytes.CutPrefix(head, []byte("#!")); ok {
+		line, _, _ := bytes.Cut(script, []byte{'\n'})
+		if words := bytes.Fields(line); len(words) > 0 {
+			interpreter = string(words[0])
+		}
+	} else {
+		program, err := elf.NewFile(f)
+		if err != nil {
+			return invalid(unix.ENOEXEC, "it is neither a program for this machine's architecture nor a script that begins with #!")
+		}
+		for _, p := range program.Progs {
+			if p.Type == elf.PT_INTERP && p.Filesz <= 4096 {
+				b, _ := io.ReadAll(p.Open())
+				interpreter = string(bytes.TrimRight(b, "\x00"))
+			}
+		}
+	}
+	if interpreter == "" {
+		return nil
+	}
+	i, err := r.open(interpreter, unix.O_PATH)
+	if err != nil {
+		return invalid(err, "the program exists, but its interpreter (the #! line, or the dynamic loader) does not: is it made for this image's libc?")
+	}
+	return i.Close()
 }
 
 // place makes a file or directory, and the directories on the way, and gives

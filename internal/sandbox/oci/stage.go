@@ -21,24 +21,35 @@ const workshop = "/mnt"
 // mounts in hidden are missing. Programs that f starts are born there. The
 // namespace ends with them, and with it every mount that f made.
 func onStage(hidden []string, f func() error) error {
+	return onThread(func() error {
+		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+			return fmt.Errorf("unshare mount namespace: %w", err)
+		}
+		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
+			return fmt.Errorf("separate mounts: %w", err)
+		}
+		for _, m := range hidden {
+			if err := unix.Unmount(m, unix.MNT_DETACH); err != nil {
+				return fmt.Errorf("hide %s: %w", m, err)
+			}
+		}
+		return f()
+	})
+}
+
+// onThread runs f on an OS thread that ends with it, whatever f did to it.
+func onThread(f func() error) error {
 	errs := make(chan error, 1)
 	go func() {
-		// Never unlocked: the thread ends with its goroutine.
 		runtime.LockOSThread()
-		errs <- func() error {
-			if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
-				return fmt.Errorf("unshare mount namespace: %w", err)
-			}
-			if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
-				return fmt.Errorf("separate mounts: %w", err)
-			}
-			for _, m := range hidden {
-				if err := unix.Unmount(m, unix.MNT_DETACH); err != nil {
-					return fmt.Errorf("hide %s: %w", m, err)
-				}
-			}
-			return f()
-		}()
+		if unix.Gettid() == unix.Getpid() {
+			// A process's first thread cannot end before the process does, and
+			// would keep f's namespaces: hold it while another one serves.
+			defer runtime.UnlockOSThread()
+			errs <- onThread(f)
+			return
+		}
+		errs <- f() // never unlocked: the thread ends with its goroutine
 	}()
 	return <-errs
 }
@@ -99,13 +110,8 @@ func newNamespaces(ids idRange) (n *namespaces, err error) {
 		attr.GidMappingsEnableSetgroups = true
 	}
 	n = &namespaces{}
-	done := make(chan error, 1)
-	go func() {
-		// The tracer is a thread, and ends with its tracee.
-		runtime.LockOSThread()
-		done <- n.open(attr)
-	}()
-	if err := <-done; err != nil {
+	// A tracer is a thread, not a process.
+	if err := onThread(func() error { return n.open(attr) }); err != nil {
 		n.close()
 		return nil, err
 	}
