@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"os"
 	"path/filepath"
 	"slices"
@@ -22,9 +23,12 @@ import (
 
 // Bounds of a file.
 const (
-	maxFile  = 1 << 20
-	maxNodes = 100_000 // values, those that aliases repeat counted again
-	maxDepth = 32      // brackets within brackets
+	maxFile     = 1 << 20
+	maxLines    = 20_000
+	maxDoc      = 128 << 10
+	maxDocLines = 4096
+	maxNodes    = 100_000 // values, those that aliases repeat counted again
+	maxDepth    = 32      // brackets within brackets
 )
 
 // Load reads the app file of that name; "-" is standard input.
@@ -71,6 +75,9 @@ func parse(name string, data []byte) ([]fleet.Spec, Problems) {
 	dir, err := filepath.Abs(filepath.Dir(name))
 	if err != nil {
 		return nil, whole(1, 1, "its directory cannot be found: %v", err)
+	}
+	if n := bytes.Count(data, []byte("\n")); n > maxLines {
+		return nil, whole(maxLines+1, 1, "the file is too long; at most %d lines", maxLines)
 	}
 	data = bytes.TrimPrefix(data, []byte("\uFEFF"))
 	for i, line := range bytes.Split(data, []byte("\n")) {
@@ -132,33 +139,71 @@ func documents(data []byte) (docs []*ast.DocumentNode, err error) {
 	if err := shallow(data); err != nil {
 		return nil, err
 	}
-	// The parser loses what follows a document of comments only, so it gets
-	// each document by itself and without comments.
-	var doc token.Tokens
-	next := func() error {
-		if len(doc) == 0 {
-			return nil
+	first := 0
+	for lines := range split(data) {
+		doc, err := document(lines, first)
+		if err != nil {
+			return nil, err
 		}
-		f, err := parser.Parse(doc, 0, parser.AllowDuplicateMapKey())
-		doc = nil
-		if err == nil {
-			docs = append(docs, f.Docs...)
-		}
-		return err
+		docs, first = append(docs, doc...), first+len(lines)
 	}
-	for _, t := range lexer.Tokenize(string(data)) {
-		switch t.Type {
-		case token.CommentType:
-		case token.DocumentHeaderType, token.DocumentEndType:
-			if err := next(); err != nil {
-				return nil, err
+	return docs, nil
+}
+
+// split gives the lines of one document after the other. A line that begins
+// with --- or ... ends one wherever it stands, even within quotes (YAML 1.2,
+// section 9.1.2).
+func split(data []byte) iter.Seq[[]string] {
+	return func(yield func([]string) bool) {
+		lines := strings.SplitAfter(string(data), "\n")
+		start := 0
+		for i, line := range lines {
+			if i > start && isMark(line) {
+				if !yield(lines[start:i]) {
+					return
+				}
+				start = i
 			}
+		}
+		yield(lines[start:])
+	}
+}
+
+func isMark(line string) bool {
+	if !strings.HasPrefix(line, "---") && !strings.HasPrefix(line, "...") {
+		return false
+	}
+	return len(line) == 3 || strings.ContainsRune(" \t\r\n", rune(line[3]))
+}
+
+// document parses one document; first is how many lines are before it. The
+// parser loses what follows a document of comments only, so it gets each by
+// itself and without comments. Its time grows with the square of the lines,
+// so these are bounded.
+func document(lines []string, first int) ([]*ast.DocumentNode, error) {
+	text := strings.Join(lines, "")
+	if len(lines) > maxDocLines || len(text) > maxDoc {
+		t := &token.Token{Position: &token.Position{Line: first + 1, Column: 1}}
+		return nil, &yaml.SyntaxError{Token: t, Message: fmt.Sprintf("the document is too large; at most %d lines and %s", maxDocLines, fleet.Bytes(maxDoc))}
+	}
+	var tokens token.Tokens
+	for _, t := range lexer.Tokenize(text) {
+		t.Position.Line += first
+		switch t.Type {
+		case token.CommentType, token.DocumentHeaderType, token.DocumentEndType:
 		default:
 			t.Prev, t.Next = nil, nil
-			doc.Add(t)
+			tokens.Add(t)
 		}
 	}
-	return docs, next()
+	if len(tokens) == 0 {
+		return nil, nil
+	}
+	f, err := parser.Parse(tokens, 0, parser.AllowDuplicateMapKey())
+	if err != nil {
+		return nil, err
+	}
+	return f.Docs, nil
 }
 
 // shallow refuses a text that could nest deeper than maxDepth: by brackets,

@@ -162,7 +162,7 @@ func TestParse_Refuses(t *testing.T) {
 		"scale: {max: 10001}":                    "3:14: scale.max: is 10001; 1 to 10000",
 		"resources: {cpu: {rest: 2, peak: 1.5}}": "3:34: resources.cpu.peak: is 1.5, below resources.cpu.rest (2)",
 		"resources: {cpu: {rest: .inf}}":         "3:25: resources.cpu.rest: is a number; it takes a number of cores",
-		"resources: {cpu: {rest: 5000}}":          "3:25: resources.cpu.rest: is 5000; 0.01 to 4096 cores",
+		"resources: {cpu: {rest: 5000}}":         "3:25: resources.cpu.rest: is 5000; 0.01 to 4096 cores",
 		"resources: {memory: {rest: 1Mi}}":       "3:28: resources.memory.rest: is 1Mi; 4Mi to 64Ti",
 		"resources: {memory: {rest: 64MB}}":      "3:28: resources.memory.rest: \"64MB\" is not an amount of bytes",
 		"resources: {memory: {peak: 64Mi}}":      "3:28: resources.memory.peak: is 64Mi, below resources.memory.rest (256Mi)",
@@ -215,7 +215,8 @@ func TestParse_Refuses(t *testing.T) {
 func deep(n int) string { return strings.Repeat("[", n) + strings.Repeat("]", n) }
 
 func TestParse_RefusesFiles(t *testing.T) {
-	bomb := head + "volumes:\n- &v {name: a, bind: b, mount: c}\n" + strings.Repeat("- *v\n", 30_000)
+	bomb := head + "volumes:\n- &v {name: a, bind: b, mount: c}\n" + strings.Repeat("- *v\n", 4_000)
+	wide := head + "volumes: [&v {name: a, bind: b, mount: c}" + strings.Repeat(",*v", 30_000) + "]\n"
 	chain := head + "command: &a [x, x]\nenv: &b {A: *a}\nentrypoint: *b\nhosts: &h [*h]\n"
 	for name, c := range map[string]struct{ data, want string }{
 		"empty":            {"", "1:1: the file describes no app"},
@@ -230,8 +231,13 @@ func TestParse_RefusesFiles(t *testing.T) {
 		"same name":        {head + "---\n" + head, "4:7: name: \"a\" is the name of another app of this file"},
 		"same host":        {head + "---\nname: b\nimage: x\nhosts: [a.localhost]\n", "6:9: hosts[0]: \"a.localhost\" belongs to app a of this file"},
 		"too large":        {head + strings.Repeat("# long\n", maxFile/7), "1:1: the file is too large; at most 1Mi"},
-		"alias bomb":       {bomb, "too many values; at most 100000"},
+		"alias bomb":       {bomb, "has 4001 entries; at most 64"},
+		"wide alias bomb":  {wide, "too many values; at most 100000"},
 		"aliases that lie": {chain, "4:"},
+		"too long":         {strings.Repeat("\n", maxLines+1), "20001:1: the file is too long; at most 20000 lines"},
+		"blank literal":    {"a: |\n" + strings.Repeat("\n", 10_000), "1:1: not YAML: the document is too large; at most 4096 lines and 128Ki"},
+		"mark in quotes":   {head + "env: {A: \"\n---\n\"}\n", "not YAML"},
+		"later place":      {head + "--- # b\n\nname: b\nimage: x\nprot: 1\n", "7:1: prot"},
 		"many":             {head + strings.Repeat("x: 1\n", 1000), "and"},
 	} {
 		start := time.Now()

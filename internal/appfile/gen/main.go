@@ -60,7 +60,7 @@ a file are told at once, each with its place:
 ` + "```" + `
 
 Several apps may stand in one file, each a YAML document of its own, with a line ` + "`---`" + ` between them. Anchors and aliases work; merge keys
-and tags do not. A file has at most 1 MiB.
+and tags do not. A file has at most 1 MiB and 20,000 lines, a document 128 KiB and 4,096 lines.
 
 Relative paths (of ` + "`oci:`, `tar:` and `dir:`" + ` images, and of ` + "`bind`" + `) are relative to the directory of the file.
 
