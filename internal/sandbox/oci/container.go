@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net/netip"
 	"os"
@@ -93,7 +94,13 @@ func (c *container) start(ctx context.Context, caps []string) (err error) {
 	step(&c.timings.Network)
 
 	err = onStage(c.r.hidden, func() error {
-		a := &assembly{spec: &c.spec, owner: int(c.ids.Base), userns: ns.user}
+		a := &assembly{spec: &c.spec, owner: int(c.ids.Base), userns: ns.user, flags: unix.MS_NODEV}
+		if c.r.kind == "runsc" {
+			// From a user namespace it could not make a nodev mount read-only
+			// without naming the flag, which it does not do. Its programs never
+			// see a device of the host.
+			a.flags = 0
+		}
 		defer a.close()
 		if err := c.furnish(a, ns, caps, resolvConf); err != nil {
 			return err
@@ -217,11 +224,19 @@ func (c *container) explain(err error, log string) error {
 
 // lastError of a runtime's JSON log.
 func lastError(log string) string {
-	b, _ := os.ReadFile(log)
+	f, err := os.Open(log)
+	if err != nil {
+		return ""
+	}
+	defer func() { _ = f.Close() }()
 	last := ""
-	for line := range strings.Lines(string(b)) {
+	entries := json.NewDecoder(io.LimitReader(f, 1<<20))
+	for {
 		var entry struct{ Level, Msg string }
-		if json.Unmarshal([]byte(line), &entry) == nil && (entry.Level == "error" || entry.Level == "fatal") {
+		if entries.Decode(&entry) != nil {
+			break
+		}
+		if entry.Level == "error" || entry.Level == "fatal" {
 			last = entry.Msg
 		}
 	}

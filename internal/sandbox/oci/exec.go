@@ -71,6 +71,10 @@ func (c *container) Exec(ctx context.Context, p sandbox.Process) (int, error) {
 	if s.console != nil {
 		opts.ConsoleSocket = s.console
 	}
+	if c.r.kind == "runsc" {
+		opts.ExtraArgs = []string{"--internal-pid-file", base + ".inside"}
+		defer func() { _ = os.Remove(base + ".inside") }()
+	}
 	// As in run: a call that has begun is never cut off.
 	callCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
 	defer cancel()
@@ -99,7 +103,7 @@ func (c *container) Exec(ctx context.Context, p sandbox.Process) (int, error) {
 		s.abort()
 		return -1, fmt.Errorf("exec in %s: %w", c.spec.ID, err)
 	}
-	stop := context.AfterFunc(ctx, proc.kill)
+	stop := context.AfterFunc(ctx, func() { c.killExec(proc, base+".inside") })
 	if err := s.run(callCtx); err != nil {
 		proc.kill()
 	}
@@ -110,4 +114,20 @@ func (c *container) Exec(ctx context.Context, p sandbox.Process) (int, error) {
 		return -1, context.Cause(ctx)
 	}
 	return exit.Code, nil
+}
+
+// killExec ends a program of Exec. runsc's is not a process of the host: what
+// stands for it there only waits.
+func (c *container) killExec(p *process, inside string) {
+	if pid, err := readPID(inside); err == nil {
+		ctx, cancel := context.WithTimeout(context.Background(), callTimeout)
+		defer cancel()
+		log := filepath.Join(c.r.dir, "kill.log")
+		err := c.r.client(log).Kill(ctx, c.name, int(unix.SIGKILL), &runc.KillOpts{ExtraArgs: []string{"--pid", strconv.Itoa(pid)}})
+		if err == nil {
+			return
+		}
+		c.r.log.Warn("runtime did not kill program", "instance", c.spec.ID, "error", err)
+	}
+	p.kill()
 }

@@ -189,11 +189,13 @@ func (r *Runtime) client(log string) *runc.Runc {
 	if r.kind == "runsc" {
 		// Its KVM platform needs /dev/kvm; ptrace works everywhere. It does not
 		// know this daemon's cgroups, so it is put into them from outside.
-		c.ExtraArgs = []string{"--platform=ptrace", "--ignore-cgroups", "--network=" + r.sandboxNetwork()}
+		c.ExtraArgs = []string{"--platform=ptrace", "--ignore-cgroups", "--oci-seccomp", "--network=" + r.sandboxNetwork()}
 	}
 	return c
 }
 
+// sandboxNetwork is what runsc shall do with the network namespace: take its
+// interfaces over into the sandbox, or leave it alone.
 func (r *Runtime) sandboxNetwork() string {
 	if r.network == nil {
 		return "none"

@@ -38,6 +38,7 @@ type assembly struct {
 	spec   *sandbox.Spec
 	owner  int
 	userns *os.File
+	flags  uintptr // of the root filesystem's mount
 	fds    []int
 }
 
@@ -96,7 +97,7 @@ func (a *assembly) mount(hosts, resolvConf []byte) (root, []specs.Mount, error) 
 	if len(overlay) >= os.Getpagesize() {
 		return -1, nil, &fleet.Error{Op: "mount root filesystem", Kind: fleet.ErrInvalid, Err: errors.New("the image has too many layers"), Hint: "rebuild it with fewer layers"}
 	}
-	if err := unix.Mount("overlay", "rootfs", "overlay", unix.MS_NODEV, overlay); err != nil {
+	if err := unix.Mount("overlay", "rootfs", "overlay", a.flags, overlay); err != nil {
 		return -1, nil, fmt.Errorf("mount overlay: %w", err)
 	}
 	fd, err := unix.Open("rootfs", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
