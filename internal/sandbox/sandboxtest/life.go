@@ -403,9 +403,10 @@ func (s *suite) clean(t *testing.T) {
 	// This process is also the orphan's parent, which a new daemon is not.
 	destroy(t, kept)
 	for _, pid := range difference(children(t), before) {
-		n, _ := strconv.Atoi(pid)
-		var ws unix.WaitStatus
-		_, _ = unix.Wait4(n, &ws, 0, nil)
+		if n, err := strconv.Atoi(pid); err == nil && !alive(n) {
+			var ws unix.WaitStatus
+			_, _ = unix.Wait4(n, &ws, unix.WNOHANG, nil)
+		}
 	}
 }
 

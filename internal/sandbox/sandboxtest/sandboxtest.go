@@ -44,6 +44,14 @@ const timeout = 20 * time.Second
 func Run(t *testing.T, open Open, f Features) {
 	s := &suite{open: open, f: f, root: newRoot(t)}
 	before := hostState(t, f.Cgroup)
+	t.Cleanup(func() {
+		for _, pattern := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/*"} {
+			groups, _ := filepath.Glob(filepath.Join(pattern, f.Cgroup))
+			for _, g := range groups {
+				_ = os.Remove(g)
+			}
+		}
+	})
 	for _, c := range s.tests() {
 		if reason := f.Lacks[c.name]; reason != "" {
 			continue
