@@ -413,7 +413,7 @@ func (c *container) remove(ctx context.Context) error {
 		}
 		c.family.collect()
 	}
-	errs = append(errs, c.forget(ctx), c.group.Remove(ctx), c.r.removeCgroups(ctx, c.name))
+	errs = append(errs, c.group.Remove(ctx), c.forget(), c.r.removeCgroups(ctx, c.name))
 	if c.r.network != nil && c.link.Name != "" {
 		errs = append(errs, c.r.network.Detach(ctx, c.link))
 	}
@@ -434,22 +434,14 @@ func (c *container) watched() bool {
 	return c.proc != nil
 }
 
-// forget makes the runtime drop its state of the container.
-func (c *container) forget(ctx context.Context) error {
-	kept, err := filepath.Glob(filepath.Join(c.r.states(), c.name+"*"))
-	if err != nil || len(kept) == 0 {
-		return err
-	}
-	err = onStage(c.r.hidden, func() error {
-		return c.r.client(filepath.Join(c.r.dir, "delete.log")).Delete(ctx, c.name, &runc.DeleteOpts{Force: true})
-	})
-	if err != nil {
-		// It is only a record by now: every process has ended.
-		c.r.log.Debug("runtime did not delete container", "container", c.name, "error", err)
-	}
-	var errs []error
-	for _, k := range kept {
-		errs = append(errs, os.RemoveAll(k))
+// forget drops the runtime's record of the container. That is all that its own
+// delete would find to do: processes and cgroups are removed beside it, and it
+// would wait for processes whose end only this daemon can take notice of.
+func (c *container) forget() error {
+	records, err := filepath.Glob(filepath.Join(c.r.states(), c.name+"*"))
+	errs := []error{err}
+	for _, r := range records {
+		errs = append(errs, os.RemoveAll(r))
 	}
 	return errors.Join(errs...)
 }
