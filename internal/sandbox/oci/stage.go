@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strconv"
+	"sync"
 	"syscall"
 
 	"github.com/moby/sys/mountinfo"
@@ -38,20 +39,21 @@ func onStage(hidden []string, f func() error) error {
 }
 
 // onThread runs f on an OS thread that ends with it, whatever f did to it.
-func onThread(f func() error) error {
-	errs := make(chan error, 1)
-	go func() {
+func onThread(f func() error) (err error) {
+	var thread sync.WaitGroup
+	thread.Go(func() {
 		runtime.LockOSThread()
 		if unix.Gettid() == unix.Getpid() {
 			// A process's first thread cannot end before the process does, and
 			// would keep f's namespaces: hold it while another one serves.
 			defer runtime.UnlockOSThread()
-			errs <- onThread(f)
+			err = onThread(f)
 			return
 		}
-		errs <- f() // never unlocked: the thread ends with its goroutine
-	}()
-	return <-errs
+		err = f() // never unlocked: the thread ends with its goroutine
+	})
+	thread.Wait()
+	return err
 }
 
 // unifiedMounts are the cgroup v2 mounts of a host that has v1 as well.

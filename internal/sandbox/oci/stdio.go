@@ -26,6 +26,8 @@ type streams struct {
 	console *console
 	tty     *os.File
 	output  sync.WaitGroup
+	// input is copied, and the window followed, until the caller's side ends.
+	input sync.WaitGroup
 	// over ends the following of the caller's window.
 	over chan struct{}
 }
@@ -153,20 +155,19 @@ func (s *streams) run(ctx context.Context) error {
 		}
 		s.tty, in, out = tty, tty, []*os.File{tty}
 		if s.spec.Resize != nil {
-			go s.follow()
+			s.input.Go(s.follow)
 		}
 	} else {
 		in, out = s.ours[0], s.ours[1:]
 	}
-	// The caller's reader ends when it ends: nobody waits for this.
-	go func() {
+	s.input.Go(func() {
 		if s.spec.Stdin != nil {
 			_, _ = io.Copy(in, s.spec.Stdin) // the program may stop reading: its right
 		}
 		if s.console == nil {
 			_ = in.Close()
 		}
-	}()
+	})
 	for i, f := range out {
 		w := s.spec.Stdout
 		if i == 1 {
@@ -188,13 +189,14 @@ const outputGrace = time.Second
 func (s *streams) wait() {
 	close(s.over)
 	read := make(chan struct{})
-	go func() { s.output.Wait(); close(read) }()
+	var last sync.WaitGroup
+	last.Go(func() { s.output.Wait(); close(read) })
 	select {
 	case <-read:
 	case <-time.After(outputGrace):
 	}
 	s.abort()
-	<-read
+	last.Wait()
 }
 
 // follow keeps the terminal as large as the caller's.
