@@ -105,6 +105,9 @@ func Open(ctx context.Context, c Config) (_ *Runtime, err error) {
 	if r.dir, err = filepath.Abs(c.Dir); err != nil {
 		return nil, fmt.Errorf("open runtime: %w", err)
 	}
+	if strings.HasPrefix(r.dir+"/", workshop+"/") {
+		return nil, &fleet.Error{Op: "open runtime", Subject: r.dir, Kind: fleet.ErrInvalid, Err: errors.New("it lies below " + workshop), Hint: "choose another directory: runtimes do not see that one"}
+	}
 	for _, d := range []string{r.bundles(), r.states()} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
 			return nil, fmt.Errorf("open runtime: %w", err)
@@ -155,11 +158,11 @@ func (r *Runtime) Check() error {
 	if _, err := find(r.program); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), callTimeout)
-	defer cancel()
 	if _, err := os.Stat(workshop); err != nil {
 		return &fleet.Error{Op: "check runtime", Subject: r.kind, Kind: fleet.ErrUnavailable, Err: err, Hint: "mkdir " + workshop}
 	}
+	ctx, cancel := context.WithTimeout(context.Background(), callTimeout)
+	defer cancel()
 	out, err := exec.CommandContext(ctx, r.program, "--version").CombinedOutput() //nolint:gosec // the configured program
 	if err != nil {
 		return &fleet.Error{

@@ -16,7 +16,9 @@ import (
 
 // workshop is where a root filesystem is put together. What is mounted over it
 // is seen by the thread of onStage and by what that starts, and nobody else.
-const workshop = "/mnt"
+// Hosts have this directory, users of all ids can enter it, and neither the
+// daemon's files nor what runtimes look at lies below it.
+const workshop = "/dev/shm"
 
 // onStage runs f on an OS thread in a mount namespace of its own, in which the
 // mounts in hidden are missing. Programs that f starts are born there. The
