@@ -358,6 +358,63 @@ func (n *Node) Find(name string) (*Instance, error) {
 	return best, nil
 }
 
+// Gone returns when no instance of an app is left, or ctx ends.
+func (n *Node) Gone(ctx context.Context, app fleet.AppName) error {
+	for _, i := range n.List() {
+		if i.info.App != app {
+			continue
+		}
+		select {
+		case <-i.stopped:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	return nil
+}
+
+// Run runs one program in a container of its own, which gets no requests, and
+// returns its exit code. The container ends with ctx.
+func (n *Node) Run(ctx context.Context, rev fleet.Revision, streams sandbox.Stdio) (int, error) {
+	rt, ok := n.cfg.Runtimes[rev.Spec.Isolation.Runtime]
+	if !ok {
+		return 0, &fleet.Error{Op: "run", Subject: rev.Spec.Image, Kind: fleet.ErrInvalid, Err: fmt.Errorf("runtime %q is not available on this node", rev.Spec.Isolation.Runtime), Hint: "fastcontainer doctor says what is missing"}
+	}
+	img, err := n.cfg.Images.Get(rev.Image)
+	if err != nil {
+		return 0, fmt.Errorf("run: %w", err)
+	}
+	release, err := n.cfg.Images.Hold(rev.Image)
+	if err != nil {
+		return 0, fmt.Errorf("run: %w", err)
+	}
+	defer release()
+	want, err := n.sandboxSpec(fleet.NewInstanceID(rev.App), rev, img)
+	if err != nil {
+		return 0, err
+	}
+	want.Stdio = &streams
+	box, err := rt.Start(ctx, want)
+	if err != nil {
+		return 0, err
+	}
+	defer func() {
+		if err := box.Destroy(context.WithoutCancel(ctx)); err != nil {
+			n.cfg.Logger.Error("destroy container", "container", want.ID, "error", err)
+		}
+	}()
+	select {
+	case <-box.Done():
+		x := box.Exit()
+		if x.OOM {
+			return x.Code, exitError(x)
+		}
+		return x.Code, nil
+	case <-ctx.Done():
+		return 0, context.Cause(ctx)
+	}
+}
+
 // Exec runs a program inside an instance.
 func (i *Instance) Exec(ctx context.Context, p sandbox.Process) (int, error) {
 	return i.box.Exec(ctx, p)
