@@ -36,7 +36,7 @@ type Backend interface {
 	SetStopped(ctx context.Context, name fleet.AppName, stopped bool) error
 	Delete(ctx context.Context, name fleet.AppName, volumes bool) error
 
-	Instances(app fleet.AppName) []Instance
+	Instances(app fleet.AppName) ([]Instance, error)
 	Logs(ctx context.Context, name string, lines int, follow bool, w io.Writer) error
 	Exec(ctx context.Context, name string, p sandbox.Process) (int, error)
 	// Run runs one program in a container of its own.
@@ -316,7 +316,11 @@ func (s *Server) rollback(w http.ResponseWriter, r *http.Request) error {
 }
 
 func (s *Server) instances(w http.ResponseWriter, r *http.Request) error {
-	return reply(w, notNil(s.b.Instances(fleet.AppName(r.URL.Query().Get("app")))))
+	list, err := s.b.Instances(fleet.AppName(r.URL.Query().Get("app")))
+	if err != nil {
+		return err
+	}
+	return reply(w, notNil(list))
 }
 
 func (s *Server) logs(w http.ResponseWriter, r *http.Request) error {

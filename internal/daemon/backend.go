@@ -81,7 +81,7 @@ func (b backend) App(ctx context.Context, name fleet.AppName) (api.AppDetail, er
 	}
 	d := api.AppDetail{
 		App: summary(r, a.Status()), Previous: r.app.Previous,
-		Running: b.Instances(name), Events: b.d.events.Last(name, 10), Revisions: []api.RevisionInfo{},
+		Running: b.instances(name), Events: b.d.events.Last(name, 10), Revisions: []api.RevisionInfo{},
 	}
 	revs, err := store.Revisions(ctx, b.d.store, name)
 	if err != nil {
@@ -159,7 +159,14 @@ func (b backend) Delete(ctx context.Context, name fleet.AppName, volumes bool) e
 	return b.d.node.Forget(name, volumes)
 }
 
-func (b backend) Instances(app fleet.AppName) []api.Instance {
+func (b backend) Instances(app fleet.AppName) ([]api.Instance, error) {
+	if _, ok := b.d.routes.get(app); app != "" && !ok {
+		return nil, missing("list instances of", app)
+	}
+	return b.instances(app), nil
+}
+
+func (b backend) instances(app fleet.AppName) []api.Instance {
 	var list []api.Instance
 	inFlight := map[fleet.InstanceID]int{}
 	seen := map[fleet.AppName]bool{}

@@ -3,6 +3,7 @@ package etcd
 import (
 	"context"
 	"log/slog"
+	"slices"
 
 	"go.uber.org/zap/zapcore"
 )
@@ -27,7 +28,18 @@ func (b *bridge) Check(e zapcore.Entry, c *zapcore.CheckedEntry) *zapcore.Checke
 	return c
 }
 
+// harmless is what every first start of a single member says.
+var harmless = []string{
+	"Running http and grpc server on single port. This is not recommended for production.",
+	"simple token is not cryptographically signed",
+	"Failed to detect schema version",
+	"failed to update storage version",
+}
+
 func (b *bridge) Write(e zapcore.Entry, fields []zapcore.Field) error {
+	if slices.Contains(harmless, e.Message) {
+		return nil
+	}
 	enc := zapcore.NewMapObjectEncoder()
 	for _, f := range append(b.fields[:len(b.fields):len(b.fields)], fields...) {
 		f.AddTo(enc)
