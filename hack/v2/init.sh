@@ -47,7 +47,7 @@ sed 's/^/v2: will run /' /tests/list
 while read -r dir; do
 	cd /tests/"$dir" || continue
 	echo "v2: $dir"
-	./test -test.v -test.timeout 9m -test.run "$(cat /tests/run)" -test.skip "$(cat /tests/skip)" </dev/null 2>&1
+	./test -test.v -test.timeout "$(cat /tests/timeout)" -test.count "$(cat /tests/count)" -test.run "$(cat /tests/run)" -test.skip "$(cat /tests/skip)" </dev/null 2>&1
 	echo "v2: $dir: exit $?"
 done </tests/list
 echo "v2: over"

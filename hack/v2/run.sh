@@ -3,17 +3,19 @@
 # host has either v1 or v2 and some have v1. Emulated (tcg), so it needs no
 # rights on /dev/kvm and works in containers. Nothing is written but to .cache.
 #
-#   hack/v2/run.sh [-r REGEXP] [-v] [PACKAGE...]    -r: only these tests   -v: their whole output
+#   hack/v2/run.sh [-r REGEXP] [-c COUNT] [-v] [PACKAGE...]
+#   -r: only these tests   -c: so many times   -v: their whole output
 #
 # The exit status is that of the tests. What cannot run there is in skips below.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 limit=${V2_LIMIT:-12m} # of all of it, after which it has failed
+each=${V2_EACH:-6m}    # of one package, after which it shows where it hangs
 memory=${V2_MEMORY:-2G}
 release=${V2_RELEASE:-} # a suite whose kernel to take, as in bookworm-backports; empty: apt's choice
 packages=(./internal/sandbox ./internal/sandbox/cgroup ./internal/sandbox/oci ./internal/node)
-run=. verbose=
+run=. count=1 verbose=
 
 # A test that is skipped here has its reason beside it.
 skips=(
@@ -21,9 +23,10 @@ skips=(
 	'^TestConformance_Runsc$'  # gVisor emulated within an emulated machine: minutes for one container
 )
 
-while getopts r:v option; do
+while getopts r:c:v option; do
 	case $option in
 	r) run=$OPTARG ;;
+	c) count=$OPTARG ;;
 	v) verbose=1 ;;
 	*) exit 2 ;;
 	esac
@@ -118,6 +121,8 @@ done
 [ -s "$root/tests/list" ] || { echo "v2: nothing to run; ${failed[*]}" >&2; exit 1; }
 IFS='|'
 printf '%s\n' "$run" >"$root/tests/run"
+printf '%s\n' "$each" >"$root/tests/timeout"
+printf '%s\n' "$count" >"$root/tests/count"
 printf '%s\n' "${skips[*]}" >"$root/tests/skip"
 unset IFS
 (cd "$root" && find . -print0 | cpio --null --quiet -o -H newc -R 0:0) | gzip -1 >"$work/initrd"
