@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"slices"
+	"strings"
 
 	"go.uber.org/zap/zapcore"
 )
@@ -43,6 +44,13 @@ func (b *bridge) Write(e zapcore.Entry, fields []zapcore.Field) error {
 	enc := zapcore.NewMapObjectEncoder()
 	for _, f := range append(b.fields[:len(b.fields):len(b.fields)], fields...) {
 		f.AddTo(enc)
+	}
+	if text, ok := enc.Fields["error"].(string); ok {
+		for _, end := range []string{"use of closed network connection", "erver closed"} {
+			if strings.Contains(text, end) {
+				return nil // that is how it stops
+			}
+		}
 	}
 	level := slog.LevelWarn
 	if e.Level >= zapcore.ErrorLevel {
