@@ -1,8 +1,8 @@
 package store
 
 import (
+	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -11,39 +11,6 @@ import (
 
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
 )
-
-// ErrAway: the store cannot be reached. It is a fleet.ErrUnavailable too.
-var ErrAway = fmt.Errorf("store is away: %w", fleet.ErrUnavailable)
-
-// ErrConflict: a condition of a transaction did not hold. It is a
-// fleet.ErrConflict too.
-var ErrConflict = fmt.Errorf("store: somebody else was first: %w", fleet.ErrConflict)
-
-// MaxValue is the largest value in bytes; MaxOps the largest transaction.
-const (
-	MaxValue = 1 << 20
-	MaxOps   = 128
-)
-
-// Check refuses a transaction that no body takes.
-func Check(ops []Op) error {
-	if len(ops) > MaxOps {
-		return &fleet.Error{Op: "write to the store", Kind: fleet.ErrInvalid, Err: fmt.Errorf("%d writes in one transaction, at most %d", len(ops), MaxOps)}
-	}
-	seen := map[string]bool{}
-	for _, op := range ops {
-		switch {
-		case op.Key == "":
-			return &fleet.Error{Op: "write to the store", Kind: fleet.ErrInvalid, Err: errors.New("a key is empty")}
-		case len(op.Value) > MaxValue:
-			return &fleet.Error{Op: "write to the store", Subject: op.Key, Kind: fleet.ErrInvalid, Err: fmt.Errorf("%d bytes, at most %d", len(op.Value), MaxValue)}
-		case seen[op.Key]:
-			return &fleet.Error{Op: "write to the store", Subject: op.Key, Kind: fleet.ErrInvalid, Err: errors.New("it is written twice in one transaction")}
-		}
-		seen[op.Key] = true
-	}
-	return nil
-}
 
 // keptChanges is how far back a watch of Memory can begin.
 const keptChanges = 10_000
@@ -66,7 +33,8 @@ func NewMemory() *Memory {
 	return &Memory{entries: map[string]Entry{}, session: map[string]bool{}, changed: make(chan struct{})}
 }
 
-// SetAway makes every call fail with ErrAway, or work again.
+// SetAway makes every call fail with ErrAway and watches wait, or all work
+// again.
 func (m *Memory) SetAway(away bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -179,14 +147,9 @@ func (m *Memory) Watch(ctx context.Context, prefix string, after Rev, f func(Cha
 			return ErrCompacted
 		}
 		var batch []Change
-		for _, c := range m.history {
-			if c.Rev > after && strings.HasPrefix(c.Key, prefix) && !m.away {
-				c.Value = slices.Clone(c.Value)
-				batch = append(batch, c)
-			}
-		}
 		if !m.away {
-			after = m.rev
+			batch = m.since(after, prefix)
+			after = max(after, m.rev)
 		}
 		changed, closed := m.changed, m.closed
 		m.mu.Unlock()
@@ -207,6 +170,19 @@ func (m *Memory) Watch(ctx context.Context, prefix string, after Rev, f func(Cha
 		case <-changed:
 		}
 	}
+}
+
+// since gives the changes after a revision. The caller holds the lock.
+func (m *Memory) since(after Rev, prefix string) []Change {
+	first, _ := slices.BinarySearchFunc(m.history, after+1, func(c Change, rev Rev) int { return cmp.Compare(c.Rev, rev) })
+	var batch []Change
+	for _, c := range m.history[first:] {
+		if strings.HasPrefix(c.Key, prefix) {
+			c.Value = slices.Clone(c.Value)
+			batch = append(batch, c)
+		}
+	}
+	return batch
 }
 
 // Ping implements Store.

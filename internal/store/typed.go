@@ -98,6 +98,7 @@ func Nodes(ctx context.Context, s Store) ([]fleet.Node, error) {
 	return nodes, err
 }
 
+// list reads all values; one that cannot be read fails it.
 func list[T any](ctx context.Context, s Store, prefix string) ([]T, Rev, error) {
 	entries, at, err := s.List(ctx, prefix)
 	if err != nil {
@@ -142,7 +143,8 @@ type AppChange struct {
 
 // WatchApps tells every app with its current revision, then Synced, then every
 // change, until ctx ends or f fails. It outlives interruptions of the store,
-// which it waits for.
+// which it waits for. What cannot be read is passed over, so that one damaged
+// app does not hide the others; reading it by its name says what is wrong.
 func WatchApps(ctx context.Context, s Store, f func(AppChange) error) error {
 	w := appWatch{s: s, f: f, known: map[fleet.AppName]fleet.App{}}
 	for pause := 50 * time.Millisecond; ; {
@@ -179,24 +181,28 @@ func (w *appWatch) tell(c AppChange) error {
 
 // run lists everything and follows it until something is in the way.
 func (w *appWatch) run(ctx context.Context, pause *time.Duration) error {
-	apps, at, err := Apps(ctx, w.s)
+	apps, at, err := w.s.List(ctx, AppsPrefix)
 	if err != nil {
 		return err
 	}
-	revs, _, err := list[fleet.Revision](ctx, w.s, RevisionsPrefix)
+	revs, _, err := w.s.List(ctx, RevisionsPrefix)
 	if err != nil {
 		return err
 	}
-	byID := make(map[fleet.RevisionID]fleet.Revision, len(revs))
-	for _, r := range revs {
-		byID[r.ID] = r
+	byKey := make(map[string]Entry, len(revs))
+	for _, e := range revs {
+		byKey[e.Key] = e
 	}
 	found := make(map[fleet.AppName]bool, len(apps))
-	for _, app := range apps {
-		found[app.Name] = true
-		rev, ok := byID[app.Current]
-		if !ok || w.known[app.Name] == app {
-			continue // deployed between the two lists: the watch will tell
+	for _, e := range apps {
+		found[appName(e.Key)] = true
+		app, err := decode[fleet.App](e)
+		if err != nil || w.known[app.Name] == app {
+			continue
+		}
+		rev, err := DecodeRevision(byKey[RevisionKey(app.Current)])
+		if err != nil {
+			continue // deleted between the two lists: the watch will tell
 		}
 		if err := w.set(app, rev); err != nil {
 			return err
@@ -218,22 +224,28 @@ func (w *appWatch) run(ctx context.Context, pause *time.Duration) error {
 	*pause = 50 * time.Millisecond
 	return w.s.Watch(ctx, AppsPrefix, at, func(c Change) error {
 		if c.Deleted {
-			return w.delete(fleet.AppName(strings.TrimPrefix(c.Key, AppsPrefix)))
+			return w.delete(appName(c.Key))
 		}
 		app, err := decode[fleet.App](c.Entry)
 		if err != nil {
-			return err
+			return nil //nolint:nilerr // passed over
 		}
-		rev, err := Revision(ctx, w.s, app.Current)
+		e, err := w.s.Get(ctx, RevisionKey(app.Current))
 		if errors.Is(err, fleet.ErrNotFound) {
 			return nil // changed again meanwhile: the watch will tell
 		}
 		if err != nil {
 			return err
 		}
+		rev, err := DecodeRevision(e)
+		if err != nil {
+			return nil //nolint:nilerr // passed over
+		}
 		return w.set(app, rev)
 	})
 }
+
+func appName(key string) fleet.AppName { return fleet.AppName(strings.TrimPrefix(key, AppsPrefix)) }
 
 func (w *appWatch) set(app fleet.App, rev fleet.Revision) error {
 	w.known[app.Name] = app

@@ -29,6 +29,7 @@ func Run(t *testing.T, open func(t *testing.T) store.Store) {
 		"random operations and a model": model,
 		"watch":                         watch,
 		"watch among many writers":      concurrent,
+		"a watch of the future":         future,
 		"ended contexts":                ended,
 		"typed words":                   typed,
 		"apps are watched":              watchApps,
@@ -120,11 +121,22 @@ func bounds(t *testing.T, s store.Store) {
 		many[i] = set(fmt.Sprintf("/many/%d", i), "x")
 	}
 	commit(t, s, many[:store.MaxOps]...)
+	// All bounds at once: the largest transaction of all.
+	for i := range many[:store.MaxOps] {
+		many[i].Key = fmt.Sprintf("/%0*d", store.MaxKey-1, i)
+		many[i].Value = bytes.Repeat([]byte("x"), store.MaxValue/store.MaxOps)
+	}
+	commit(t, s, many[:store.MaxOps]...)
 	for name, ops := range map[string][]store.Op{
 		"too large": {{Key: "/huge", Value: make([]byte, store.MaxValue+1), If: store.AnyRev}},
-		"no key":    {set("", "x")},
-		"twice":     {set("/t", "1"), set("/t", "2")},
-		"too many":  many,
+		"too large together": {
+			{Key: "/half", Value: make([]byte, store.MaxValue/2), If: store.AnyRev},
+			{Key: "/more", Value: make([]byte, store.MaxValue/2+1), If: store.AnyRev},
+		},
+		"a long key": {set("/"+strings.Repeat("k", store.MaxKey), "x")},
+		"no key":     {set("", "x")},
+		"twice":      {set("/t", "1"), set("/t", "2")},
+		"too many":   many,
 	} {
 		if _, err := s.Commit(t.Context(), ops...); !errors.Is(err, fleet.ErrInvalid) {
 			t.Errorf("%s: %v", name, err)
@@ -223,6 +235,21 @@ func watch(t *testing.T, s store.Store) {
 	errOwn := errors.New("own")
 	if err := s.Watch(t.Context(), "/w/", before, func(store.Change) error { return errOwn }); !errors.Is(err, errOwn) {
 		t.Errorf("got %v", err)
+	}
+}
+
+// A watch after a revision that is not yet there tells nothing before it.
+func future(t *testing.T, s store.Store) {
+	rev := commit(t, s, set("/f/0", "x"))
+	done := make(chan []store.Change)
+	go func() {
+		done <- follow(t, s, "/f/", rev+2, func(c []store.Change) bool { return c[len(c)-1].Key == "/f/4" })
+	}()
+	for i := range 4 {
+		commit(t, s, set(fmt.Sprintf("/f/%d", i+1), "x"))
+	}
+	if got := <-done; got[0].Key != "/f/3" || len(got) != 2 {
+		t.Errorf("got %+v", got)
 	}
 }
 
@@ -356,6 +383,7 @@ func watchApps(t *testing.T, s store.Store) {
 	expect("a@1")
 	expect("b@1")
 	expect("synced")
+	commit(t, s, set(store.AppKey("damaged"), "{"))
 	deploy("a", 2)
 	expect("a@2")
 	_, at, err := store.App(t.Context(), s, "b")
