@@ -33,6 +33,7 @@ type App struct {
 	starting int
 	failures int
 	failedAt time.Time
+	young    int // instances in a row that ended by themselves within a moment
 	lastErr  error
 	timer    *time.Timer // wakes judge; nil while there is no instance
 }
@@ -47,6 +48,7 @@ type member struct {
 
 	inflight  int
 	unused    time.Time // end of the last response
+	answered  bool      // a request
 	retiring  bool
 	replacing string        // why a successor is under way; "" if none is
 	birth     *birth        // nil if it was adopted
@@ -482,8 +484,13 @@ func (a *App) gone(id fleet.InstanceID) {
 	m.retiring = true
 	m.announce()
 	a.ready = slices.Delete(a.ready, i, i+1)
-	// An instance that lives for a moment only is a failed start by another name.
-	if time.Since(m.inst.Ready()) < 5*time.Second {
+	// An instance that lives for a moment only is a failed start by another
+	// name; but one that has answered before is given the benefit of the doubt
+	// once.
+	a.young++
+	if time.Since(m.inst.Ready()) >= 5*time.Second {
+		a.young = 0
+	} else if !m.answered || a.young > 1 {
 		a.failures++
 		a.failedAt = time.Now()
 		a.lastErr = errors.New("it ended just after it had become ready")
@@ -507,7 +514,7 @@ func (a *App) set(rev fleet.Revision, stopped bool) {
 	a.rev, a.stopped = rev, stopped
 	a.policy = homeostat.Policy{Min: s.Scale.Min, Max: s.Scale.Max, Concurrency: s.Concurrency, Lifetime: s.Lifetime.Std(), Idle: s.Idle.Std()}
 	if changed { // what failed before may work now
-		a.failures, a.lastErr = 0, nil
+		a.failures, a.young, a.lastErr = 0, 0, nil
 	}
 	if stopped {
 		for _, m := range slices.Clone(a.ready) {
@@ -617,10 +624,11 @@ func (l *Lease) Answered(connect, firstByte time.Duration) {
 func (l *Lease) Closing() <-chan struct{} { return l.m.closing }
 
 // Release gives the slot back.
-func (l *Lease) Release(bool) {
+func (l *Lease) Release(failed bool) {
 	a, m := l.m.app, l.m
 	a.mu.Lock()
 	m.inflight--
+	m.answered = m.answered || !failed
 	if m.inflight == 0 {
 		m.unused = time.Now()
 		if m.retiring {
