@@ -17,10 +17,7 @@ func TestConformance_Native(t *testing.T) {
 			t.Fatal(err)
 		}
 		return r
-	}, sandboxtest.Features{Cgroup: group, Lacks: map[string]string{
-		"loopback":                    "without a Network nobody raises the loopback device",
-		"nothing is left on the host": "Close stops the reaper before it has collected the first machine; a stage on the process's first thread keeps its namespace",
-	}})
+	}, sandboxtest.Features{Cgroup: group})
 }
 
 func TestConformance_Crun(t *testing.T) { testOCI(t, "crun", nil) }

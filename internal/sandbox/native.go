@@ -72,8 +72,9 @@ type Native struct {
 	logs    *logKeeper
 	program *os.File
 	// mother is the machine that all others are born from; one fork at a time.
-	mother   *machine
-	spawning sync.Mutex
+	mother     *machine
+	motherGone chan struct{} // closed once it was waited for
+	spawning   sync.Mutex
 	// workshop is where root filesystems are put together on kernels that
 	// cannot do so with descriptors alone; nil on others.
 	workshop    *stage
@@ -188,11 +189,12 @@ func (n *Native) openMother() error {
 		mother.close()
 		return fmt.Errorf("watch init program: %w", err)
 	}
-	if err := n.reaper.watch(pidfd, func(status, bool) {}); err != nil {
+	gone := make(chan struct{})
+	if err := n.reaper.watch(pidfd, func(status, bool) { close(gone) }); err != nil {
 		mother.close()
 		return err
 	}
-	n.mother = mother
+	n.mother, n.motherGone = mother, gone
 	return nil
 }
 
@@ -207,6 +209,7 @@ func (n *Native) Close() error {
 	n.background.Wait()
 	if n.mother != nil {
 		n.mother.close()
+		<-n.motherGone
 	}
 	if n.workshop != nil {
 		n.workshop.close()
@@ -385,6 +388,24 @@ func pollNow(fds []unix.PollFd) bool {
 	return err == nil && n > 0
 }
 
+// reapAll waits for the processes of a group, which are about to be killed, in
+// the background: they may be children of this process.
+func (n *Native) reapAll(g *cgroup.Group) {
+	pids, err := g.Processes()
+	if err != nil {
+		return
+	}
+	for _, pid := range pids {
+		pidfd, err := unix.PidfdOpen(pid, 0)
+		if err != nil {
+			continue
+		}
+		if n.reaper.watch(pidfd, func(status, bool) {}) != nil {
+			_ = unix.Close(pidfd)
+		}
+	}
+}
+
 // Clean implements Runtime: whatever lies under the root cgroup or on the
 // network and was neither adopted nor made by this daemon is removed. So what
 // is to be kept must have been adopted before.
@@ -400,6 +421,7 @@ func (n *Native) Clean(ctx context.Context, _ []fleet.InstanceID) ([]string, err
 			continue
 		}
 		g := n.cgroups.Group(name)
+		n.reapAll(g)
 		if err := errors.Join(g.Kill(), g.Remove(ctx)); err != nil {
 			errs = append(errs, err)
 			continue

@@ -3,8 +3,10 @@ package sandbox
 import (
 	"context"
 	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"strconv"
 	"strings"
@@ -209,6 +211,18 @@ var (
 	readonlyDirs = []string{"/new/proc/bus", "/new/proc/fs", "/new/proc/irq", "/new/proc/sys"}
 )
 
+// raiseLoopback adds what a Network would do otherwise.
+func raiseLoopback(t *tape) {
+	request := make([]byte, unix.IFNAMSIZ+24) // struct ifreq
+	copy(request, "lo")
+	binary.NativeEndian.PutUint16(request[unix.IFNAMSIZ:], unix.IFF_UP)
+	open := t.call("open socket", unix.SYS_SOCKET, num(unix.AF_INET), num(unix.SOCK_DGRAM|unix.SOCK_CLOEXEC), num(0))
+	up := t.call("raise loopback", unix.SYS_IOCTL, num(0), num(unix.SIOCSIFFLAGS), t.bytes(request))
+	t.feed(open, up, 0)
+	// 3 is the way to the daemon, and nothing else is open.
+	t.call("close socket", unix.SYS_CLOSE_RANGE, num(4), num(math.MaxInt32), num(0))
+}
+
 // furnishTape makes what every container has: /proc, /sys and /dev, below
 // /new until the root filesystem is there.
 func (n *Native) furnishTape(caps uint64) *tape {
@@ -231,6 +245,9 @@ func (n *Native) furnishTape(caps uint64) *tape {
 	// Nothing that is mounted here may reach another namespace, nor come from one.
 	mount("make mounts private", "", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
 
+	if n.network == nil {
+		raiseLoopback(t)
+	}
 	mount("mount proc", "proc", "/new/proc", "proc", guarded, "")
 	mount("mount sysfs", "sysfs", "/new/sys", "sysfs", guarded|unix.MS_RDONLY, "")
 	if n.cgroups.V2() {

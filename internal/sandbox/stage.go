@@ -26,8 +26,18 @@ func newStage(n int, setup func() error) (*stage, error) {
 	var ns *os.File
 	// thread keeps its OS thread to itself and never gives it back: the
 	// runtime ends a thread whose goroutine ends locked to it.
-	thread := func(i int, enter func() error, entered chan<- error) {
+	var thread func(i int, enter func() error, entered chan<- error)
+	thread = func(i int, enter func() error, entered chan<- error) {
 		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			// A process's first thread does not end before the process does, and
+			// would keep the namespace: hold it while another one serves.
+			defer runtime.UnlockOSThread()
+			var other sync.WaitGroup
+			other.Go(func() { thread(i, enter, entered) })
+			other.Wait()
+			return
+		}
 		err := enter()
 		entered <- err
 		if err != nil {
