@@ -466,10 +466,14 @@ func TestLives_LeaveNothing(t *testing.T) {
 	}
 	settle := func() (links, groups int) { // what is prepared ahead varies for a moment
 		for range 200 {
+			bridge, err := netlink.LinkByName(testBridge)
+			if err != nil {
+				t.Fatal(err)
+			}
 			ls, _ := netlink.LinkList()
 			links = 0
 			for _, l := range ls {
-				if strings.HasPrefix(l.Attrs().Name, "s") && len(l.Attrs().Name) == 11 {
+				if l.Attrs().MasterIndex == bridge.Attrs().Index {
 					links++
 				}
 			}

@@ -220,3 +220,33 @@ func countLines(t *testing.T, name string) int {
 	}
 	return strings.Count(string(b), "\n")
 }
+
+// The program that all sandboxes are born from may be killed by anybody who
+// may kill the daemon: it is started again.
+func TestStart_AfterTheInitProgramWasKilled(t *testing.T) {
+	const group = "/fastcontainer-test-mother"
+	n, err := Open(t.Context(), Config{Cgroup: group, Pool: -1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := n.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	first := n.mother.pid
+	if err := unix.Kill(first, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	<-n.motherGone
+	c, err := n.Start(t.Context(), Spec{ID: "test.again", App: "test", Layers: []string{busyboxRoot(t)}, Args: []string{"/bin/sleep", "100"}, UserNS: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Destroy(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if n.mother.pid == first {
+		t.Error("it is still the same")
+	}
+}

@@ -92,7 +92,7 @@ func (c *container) exec(ctx context.Context, proc Process) (_ int, err error) {
 	if dir >= 0 {
 		defer func() { _ = unix.Close(dir) }()
 	}
-	helper, err := c.n.spawn(ctx, c.n.mother, 0, dir, func(status, bool) {})
+	helper, err := c.n.spawn(ctx, nil, 0, dir, func(status, bool) {})
 	if err != nil {
 		return -1, err
 	}

@@ -128,10 +128,24 @@ func (t *tape) done() {
 	t.call("report", unix.SYS_WRITE, num(3), t.bytes([]byte{1}), num(1))
 }
 
+// errBroken: a machine does not do as it is told.
+var errBroken = errors.New("init program does not answer")
+
+// forkTimeout is far more than a fork takes.
+const forkTimeout = 10 * time.Second
+
 // spawn makes the machine fork a child machine into new namespaces. The child
 // is the daemon's child (CLONE_PARENT), so that the daemon sees its end.
 // cgroup is the directory of a v2 group to be born in, or -1.
+//
+// A fork that has begun is not given up, or its answer would be taken for that
+// of the next. errBroken: the machine did not answer, and is of no use any more.
 func (m *machine) spawn(ctx context.Context, namespaces uint64, cgroup int) (*machine, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, context.Cause(ctx)
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), forkTimeout)
+	defer cancel()
 	ours, theirs, err := newMachineConn()
 	if err != nil {
 		return nil, err
@@ -157,7 +171,7 @@ func (m *machine) spawn(ctx context.Context, namespaces uint64, cgroup int) (*ma
 
 	if err := m.send(ctx, t, fds...); err != nil {
 		_ = ours.Close()
-		return nil, err
+		return nil, fmt.Errorf("fork: %w: %w", errBroken, err)
 	}
 	pid, err := m.receive(ctx, t)
 	if err == nil && pid == 0 {
@@ -165,13 +179,17 @@ func (m *machine) spawn(ctx context.Context, namespaces uint64, cgroup int) (*ma
 	}
 	if err != nil {
 		_ = ours.Close()
+		if _, told := errors.AsType[*callError](err); !told {
+			err = fmt.Errorf("%w: %w", errBroken, err)
+		}
 		return nil, fmt.Errorf("fork: %w", err)
 	}
 	closing := &tape{}
 	closing.call("close descriptors", unix.SYS_CLOSE_RANGE, num(firstFD), num(^uint32(0)), num(0))
 	if err := m.send(ctx, closing); err != nil {
 		_ = ours.Close()
-		return nil, err
+		_ = unix.Kill(pid, unix.SIGKILL)
+		return nil, fmt.Errorf("fork: %w: %w", errBroken, err)
 	}
 	return &machine{pid: pid, conn: ours}, nil
 }

@@ -73,7 +73,7 @@ type Native struct {
 	program *os.File
 	// mother is the machine that all others are born from; one fork at a time.
 	mother     *machine
-	motherGone chan struct{} // closed once it was waited for
+	motherGone <-chan struct{} // closed once it was waited for
 	spawning   sync.Mutex
 	// workshop is where root filesystems are put together on kernels that
 	// cannot do so with descriptors alone; nil on others.
@@ -140,7 +140,7 @@ func Open(ctx context.Context, c Config) (*Native, error) {
 	if n.program, err = newInitProgram(); err != nil {
 		return nil, err
 	}
-	if err = n.openMother(); err != nil {
+	if n.mother, n.motherGone, err = n.newMother(); err != nil {
 		return nil, err
 	}
 	if n.overlayByFD = canOverlayByFD(); !n.overlayByFD {
@@ -169,12 +169,13 @@ func newWorkshop() (*stage, error) {
 	return s, nil
 }
 
-// openMother starts the first machine inside the cradle.
-func (n *Native) openMother() error {
+// newMother starts a first machine inside the cradle. The channel is closed
+// once it has ended and was waited for.
+func (n *Native) newMother() (*machine, <-chan struct{}, error) {
 	var mother *machine
 	cradle, err := newStage(1, setupCradle)
 	if err != nil {
-		return fmt.Errorf("open cradle: %w", err)
+		return nil, nil, fmt.Errorf("open cradle: %w", err)
 	}
 	defer cradle.close()
 	err = cradle.do(func(int) (err error) {
@@ -182,20 +183,32 @@ func (n *Native) openMother() error {
 		return err
 	}, nil)
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
 	pidfd, err := unix.PidfdOpen(mother.pid, 0)
 	if err != nil {
 		mother.close()
-		return fmt.Errorf("watch init program: %w", err)
+		return nil, nil, fmt.Errorf("watch init program: %w", err)
 	}
 	gone := make(chan struct{})
 	if err := n.reaper.watch(pidfd, func(status, bool) { close(gone) }); err != nil {
 		mother.close()
-		return err
+		return nil, nil, err
 	}
-	n.mother, n.motherGone = mother, gone
-	return nil
+	return mother, gone, nil
+}
+
+// closeMother ends the first machine, if there is one, and waits for its end.
+func (n *Native) closeMother() {
+	if n.mother == nil {
+		return
+	}
+	n.mother.close()
+	select {
+	case <-n.motherGone:
+	case <-time.After(forkTimeout): // it hangs in the kernel
+	}
+	n.mother = nil
 }
 
 // Check reports why containers cannot run on this host.
@@ -207,10 +220,7 @@ func (n *Native) Close() error {
 		n.pool.close()
 	}
 	n.background.Wait()
-	if n.mother != nil {
-		n.mother.close()
-		<-n.motherGone
-	}
+	n.closeMother()
 	if n.workshop != nil {
 		n.workshop.close()
 	}

@@ -133,7 +133,7 @@ func (n *Native) birth(ctx context.Context, p *prepared, namespaces uint64) erro
 	if dir >= 0 {
 		defer func() { _ = unix.Close(dir) }()
 	}
-	m, err := n.spawn(ctx, n.mother, namespaces, dir, p.end)
+	m, err := n.spawn(ctx, nil, namespaces, dir, p.end)
 	if err != nil {
 		return err
 	}
@@ -144,11 +144,31 @@ func (n *Native) birth(ctx context.Context, p *prepared, namespaces uint64) erro
 	return nil
 }
 
-// spawn forks a child of a machine and watches over its end.
-func (n *Native) spawn(ctx context.Context, from *machine, namespaces uint64, cgroup int, ended func(status, bool)) (*machine, error) {
+// bear has the mother fork. One that somebody killed is replaced.
+func (n *Native) bear(ctx context.Context, namespaces uint64, cgroup int) (*machine, error) {
 	n.spawning.Lock()
-	m, err := from.spawn(ctx, namespaces, cgroup)
-	n.spawning.Unlock()
+	defer n.spawning.Unlock()
+	m, err := n.mother.spawn(ctx, namespaces, cgroup)
+	if !errors.Is(err, errBroken) {
+		return m, err
+	}
+	n.log.Warn("the init program is started again", "error", err)
+	mother, gone, err := n.newMother()
+	if err != nil {
+		return nil, err
+	}
+	n.closeMother()
+	n.mother, n.motherGone = mother, gone
+	return n.mother.spawn(ctx, namespaces, cgroup)
+}
+
+// spawn forks a child of a machine (nil: of the mother) and watches over its end.
+func (n *Native) spawn(ctx context.Context, from *machine, namespaces uint64, cgroup int, ended func(status, bool)) (m *machine, err error) {
+	if from == nil {
+		m, err = n.bear(ctx, namespaces, cgroup)
+	} else {
+		m, err = from.spawn(ctx, namespaces, cgroup)
+	}
 	if err != nil {
 		return nil, err
 	}
