@@ -2,9 +2,13 @@ package etcd
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"log/slog"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
 
 	"go.uber.org/zap/zapcore"
 )
@@ -65,3 +69,52 @@ func (b *bridge) Write(e zapcore.Entry, fields []zapcore.Field) error {
 }
 
 func (b *bridge) Sync() error { return nil }
+
+// fatal takes what etcd calls fatal or panics about. By itself etcd would end
+// the process, and with it every request on its way; here only etcd's own
+// goroutine ends, and the store is away.
+type fatal struct {
+	mu     sync.Mutex
+	err    error
+	closed chan struct{}
+}
+
+// OnWrite implements zapcore.CheckWriteHook: what follows the log entry never
+// runs.
+func (f *fatal) OnWrite(e *zapcore.CheckedEntry, fields []zapcore.Field) {
+	f.record(e.Message, fields)
+	runtime.Goexit()
+}
+
+// record keeps the first cause.
+func (f *fatal) record(message string, fields []zapcore.Field) {
+	err := errors.New(message)
+	for _, field := range fields {
+		if cause, ok := field.Interface.(error); ok {
+			err = fmt.Errorf("%s: %w", message, cause)
+		}
+	}
+	done := f.done()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.err == nil {
+		f.err = err
+		close(done)
+	}
+}
+
+func (f *fatal) why() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.err
+}
+
+// done is closed with the first cause.
+func (f *fatal) done() chan struct{} {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.closed == nil {
+		f.closed = make(chan struct{})
+	}
+	return f.closed
+}
