@@ -11,6 +11,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"math/big"
 	"net"
@@ -38,7 +39,14 @@ import (
 // The test binary is also the programs that the tests run in processes of
 // their own, to kill them.
 func TestMain(m *testing.M) {
-	switch os.Getenv("ETCD_TEST_ROLE") {
+	role := os.Getenv("ETCD_TEST_ROLE")
+	if role != "" {
+		go func() { // ends with the test, however that ends
+			_, _ = io.Copy(io.Discard, os.Stdin)
+			os.Exit(1)
+		}()
+	}
+	switch role {
 	case "member":
 		member()
 	case "writer":
@@ -55,6 +63,8 @@ func member() {
 	c := embed.NewConfig()
 	c.Name, c.Dir, c.InitialCluster = os.Getenv("NAME"), os.Getenv("DIR"), os.Getenv("CLUSTER")
 	c.LogLevel = "error"
+	c.BcryptCost = 4 // the least: it is only a test
+	c.TickMs, c.ElectionMs = 50, 500
 	peer, _ := url.Parse(os.Getenv("PEER"))
 	client, _ := url.Parse(os.Getenv("CLIENT"))
 	c.ListenPeerUrls, c.AdvertisePeerUrls = []url.URL{*peer}, []url.URL{*peer}
@@ -115,6 +125,9 @@ func role(t *testing.T, env ...string) (*exec.Cmd, *bufio.Reader) {
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), env...)
 	cmd.Stderr = t.Output()
+	if _, err := cmd.StdinPipe(); err != nil { // open as long as the test lives
+		t.Fatal(err)
+	}
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -759,7 +772,9 @@ func TestExternal_EncryptedAndWithPassword(t *testing.T) {
 	c.ready(c.launch(0, "CERT="+cert, "KEY="+key))
 
 	config := Config{Endpoints: c.endpoints, CA: cert, Cert: cert, Key: key, Prefix: "/ours/", Logger: quiet()}
-	if _, err := OpenExternal(t.Context(), Config{Endpoints: c.endpoints, Logger: quiet()}); !errors.Is(err, store.ErrAway) {
+	brief, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if _, err := OpenExternal(brief, Config{Endpoints: c.endpoints, Logger: quiet()}); !errors.Is(err, store.ErrAway) {
 		t.Errorf("without its authority: %v", err)
 	}
 	admin, err := OpenExternal(t.Context(), config)
