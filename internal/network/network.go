@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -17,6 +18,7 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -55,8 +57,10 @@ type Network struct {
 	gateway netip.Addr
 	resolv  []byte
 
+	guard *guard
+
 	mu   sync.Mutex
-	used map[netip.Addr]string
+	used map[netip.Addr]Lease
 	next netip.Addr
 }
 
@@ -82,13 +86,17 @@ func Open(ctx context.Context, c Config) (*Network, error) {
 	if !c.Subnet.Addr().Is4() || c.Subnet.Bits() > 29 {
 		return nil, &fleet.Error{Op: "open network", Subject: c.Subnet.String(), Kind: fleet.ErrInvalid, Err: errors.New("it must be an IPv4 prefix of at least 8 addresses"), Hint: "for example 10.89.0.0/16"}
 	}
-	n := &Network{cfg: c, gateway: c.Subnet.Addr().Next(), used: map[netip.Addr]string{}}
+	n := &Network{cfg: c, gateway: c.Subnet.Addr().Next(), used: map[netip.Addr]Lease{}}
 	n.next = n.gateway.Next()
-	n.resolv = resolvConf(c.DNS)
+	n.resolv = n.resolvConf()
 	if err := n.openBridge(); err != nil {
 		return nil, fmt.Errorf("open network: %w", err)
 	}
 	if err := n.openTable(); err != nil {
+		return nil, fmt.Errorf("open network: %w", err)
+	}
+	var err error
+	if n.guard, err = n.openGuard(); err != nil {
 		return nil, fmt.Errorf("open network: %w", err)
 	}
 	return n, nil
@@ -111,6 +119,16 @@ func (n *Network) openBridge() error {
 		return fmt.Errorf("find bridge %s: %w", n.cfg.Bridge, err)
 	}
 	n.bridge = link.Attrs().Index
+	// A bridge that has no address of its own takes the lowest of its ports', so
+	// that it changes as containers come and go.
+	if err := netlink.LinkSetHardwareAddr(link, hardwareAddr(n.gateway)); err != nil {
+		return fmt.Errorf("give bridge its hardware address: %w", err)
+	}
+	// Containers have IPv4 alone, and the host does not answer them otherwise.
+	err = os.WriteFile("/proc/sys/net/ipv6/conf/"+n.cfg.Bridge+"/disable_ipv6", []byte("1"), 0)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("disable IPv6 on the bridge: %w", err)
+	}
 	addr := &netlink.Addr{IPNet: &net.IPNet{IP: n.gateway.AsSlice(), Mask: net.CIDRMask(n.cfg.Subnet.Bits(), 32)}}
 	if err := netlink.AddrReplace(link, addr); err != nil {
 		return fmt.Errorf("give bridge its address: %w", err)
@@ -118,11 +136,8 @@ func (n *Network) openBridge() error {
 	if err := netlink.LinkSetUp(link); err != nil {
 		return fmt.Errorf("raise bridge: %w", err)
 	}
-	// Forwarding only where it is needed: from and to the containers.
-	for _, f := range []string{"/proc/sys/net/ipv4/ip_forward"} {
-		if err := os.WriteFile(f, []byte("1"), 0); err != nil {
-			return fmt.Errorf("enable forwarding: %w", err)
-		}
+	if err := os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0); err != nil {
+		return fmt.Errorf("enable forwarding: %w", err)
 	}
 	return nil
 }
@@ -156,7 +171,7 @@ func (n *Network) take(id string) (netip.Addr, error) {
 			a = first
 		}
 		if _, taken := n.used[a]; !taken {
-			n.used[a] = id
+			n.used[a] = Lease{ID: id, Veth: id, Address: a}
 			n.next = a.Next()
 			return a, nil
 		}
@@ -186,9 +201,10 @@ func (n *Network) Attach(ctx context.Context, id string, netns int) (_ Lease, er
 			n.free(addr)
 		}
 	}()
+	lease := Lease{ID: id, Veth: id, Address: addr}
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.MasterIndex, attrs.TxQLen = id, n.bridge, 1000
-	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: "eth0", PeerNamespace: netlink.NsFd(netns)}
+	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: "eth0", PeerNamespace: netlink.NsFd(netns), PeerHardwareAddr: hardwareAddr(addr)}
 	if err := netlink.LinkAdd(veth); err != nil {
 		return Lease{}, fmt.Errorf("make interface %s: %w", id, err)
 	}
@@ -201,16 +217,43 @@ func (n *Network) Attach(ctx context.Context, id string, netns int) (_ Lease, er
 	if err != nil {
 		return Lease{}, fmt.Errorf("find interface %s: %w", id, err)
 	}
-	if err := netlink.LinkSetIsolated(link, true); err != nil {
+	if err := n.confine(link, addr); err != nil {
 		return Lease{}, fmt.Errorf("isolate interface %s: %w", id, err)
 	}
+	if err := n.guard.admit(lease); err != nil {
+		return Lease{}, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, n.guard.dismiss(lease))
+		}
+	}()
 	if err := netlink.LinkSetUp(link); err != nil {
 		return Lease{}, fmt.Errorf("raise interface %s: %w", id, err)
 	}
 	if err := inNamespace(netns, func() error { return n.furnish(addr) }); err != nil {
 		return Lease{}, fmt.Errorf("set up namespace of %s: %w", id, err)
 	}
-	return Lease{ID: id, Veth: id, Address: addr}, nil
+	return lease, nil
+}
+
+// confine makes a port of the bridge that reaches the host alone, and makes
+// the host know for good who is behind it: nothing that a container sends
+// changes where another one's packets go.
+func (n *Network) confine(link netlink.Link, addr netip.Addr) error {
+	for _, set := range []func(netlink.Link, bool) error{
+		func(l netlink.Link, _ bool) error { return netlink.LinkSetIsolated(l, true) },
+		netlink.LinkSetLearning, netlink.LinkSetFlood,
+	} {
+		if err := set(link, false); err != nil {
+			return err
+		}
+	}
+	mac := hardwareAddr(addr)
+	return errors.Join(
+		netlink.NeighSet(&netlink.Neigh{Family: unix.AF_BRIDGE, LinkIndex: link.Attrs().Index, Flags: netlink.NTF_MASTER, State: netlink.NUD_PERMANENT | netlink.NUD_NOARP, HardwareAddr: mac}),
+		netlink.NeighSet(&netlink.Neigh{Family: netlink.FAMILY_V4, LinkIndex: n.bridge, State: netlink.NUD_PERMANENT, IP: addr.AsSlice(), HardwareAddr: mac}),
+	)
 }
 
 // furnish sets up the calling thread's network namespace.
@@ -228,6 +271,17 @@ func (n *Network) furnish(addr netip.Addr) error {
 	if err != nil {
 		return err
 	}
+	for _, s := range [][2]string{
+		{"ipv6/conf/all/disable_ipv6", "1"},
+		{"ipv6/conf/default/disable_ipv6", "1"},
+		{"ipv4/ip_unprivileged_port_start", "0"},
+		{"ipv4/ping_group_range", "0 65535"},
+	} {
+		err := os.WriteFile("/proc/sys/net/"+s[0], []byte(s[1]), 0)
+		if err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.EINVAL) {
+			return err
+		}
+	}
 	for _, l := range []netlink.Link{lo, eth} {
 		if l == eth {
 			ip := &net.IPNet{IP: addr.AsSlice(), Mask: net.CIDRMask(n.cfg.Subnet.Bits(), 32)}
@@ -239,18 +293,13 @@ func (n *Network) furnish(addr netip.Addr) error {
 			return fmt.Errorf("raise %s: %w", l.Attrs().Name, err)
 		}
 	}
+	// The first answer shall not wait for ARP.
+	gateway := &netlink.Neigh{Family: netlink.FAMILY_V4, LinkIndex: eth.Attrs().Index, State: netlink.NUD_PERMANENT, IP: n.gateway.AsSlice(), HardwareAddr: hardwareAddr(n.gateway)}
+	if err := h.NeighSet(gateway); err != nil {
+		return fmt.Errorf("tell of the gateway: %w", err)
+	}
 	if err := h.RouteAdd(&netlink.Route{LinkIndex: eth.Attrs().Index, Gw: n.gateway.AsSlice()}); err != nil {
 		return fmt.Errorf("set route: %w", err)
-	}
-	for _, s := range [][2]string{
-		{"ipv4/ip_unprivileged_port_start", "0"},
-		{"ipv4/ping_group_range", "0 65535"},
-		{"ipv6/conf/all/disable_ipv6", "1"},
-	} {
-		err := os.WriteFile("/proc/sys/net/"+s[0], []byte(s[1]), 0)
-		if err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.EINVAL) {
-			return err
-		}
 	}
 	return nil
 }
@@ -263,6 +312,13 @@ func inNamespace(netns int, f func() error) error {
 		// Never unlocked: the runtime ends the thread, and nobody else ever runs
 		// on one that is in the wrong namespace.
 		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			// A process's first thread does not end before the process does: hold
+			// it while another one serves.
+			defer runtime.UnlockOSThread()
+			errs <- inNamespace(netns, f)
+			return
+		}
 		if err := unix.Setns(netns, unix.CLONE_NEWNET); err != nil {
 			errs <- fmt.Errorf("enter network namespace: %w", err)
 			return
@@ -275,11 +331,18 @@ func inNamespace(netns int, f func() error) error {
 
 // Detach removes a connection. It may be repeated.
 func (n *Network) Detach(_ context.Context, l Lease) error {
-	n.mu.Lock()
-	if n.used[l.Address] == l.ID {
-		delete(n.used, l.Address)
+	defer func() { // nobody gets the address before nothing is left of it
+		n.mu.Lock()
+		if n.used[l.Address].ID == l.ID {
+			delete(n.used, l.Address)
+		}
+		n.mu.Unlock()
+	}()
+	if l.Address.IsValid() {
+		if err := n.forget(l); err != nil {
+			return err
+		}
 	}
-	n.mu.Unlock()
 	link, err := netlink.LinkByName(l.Veth)
 	if _, missing := errors.AsType[netlink.LinkNotFoundError](err); missing {
 		return nil
@@ -293,18 +356,28 @@ func (n *Network) Detach(_ context.Context, l Lease) error {
 	return nil
 }
 
+// forget removes what the host knows of a container.
+func (n *Network) forget(l Lease) error {
+	err := netlink.NeighDel(&netlink.Neigh{Family: netlink.FAMILY_V4, LinkIndex: n.bridge, IP: l.Address.AsSlice()})
+	if err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("remove neighbour %s: %w", l.Address, err)
+	}
+	return n.guard.dismiss(l)
+}
+
 // Adopt marks the address of a connection that an earlier process made.
 func (n *Network) Adopt(l Lease) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if owner, ok := n.used[l.Address]; ok && owner != l.ID {
-		return fmt.Errorf("address %s belongs to %s already", l.Address, owner)
+	if owner, ok := n.used[l.Address]; ok && owner.ID != l.ID {
+		return fmt.Errorf("address %s belongs to %s already", l.Address, owner.ID)
 	}
-	n.used[l.Address] = l.ID
-	return nil
+	n.used[l.Address] = l
+	return n.guard.admit(l)
 }
 
-// Clean removes every connection on the bridge that is not in keep.
+// Clean removes every connection on the bridge that is not in keep, and what
+// else of them an earlier process left.
 func (n *Network) Clean(ctx context.Context, keep []string) ([]string, error) {
 	links, err := netlink.LinkList()
 	if err != nil {
@@ -323,36 +396,83 @@ func (n *Network) Clean(ctx context.Context, keep []string) ([]string, error) {
 		}
 		removed = append(removed, name)
 	}
-	return removed, errors.Join(errs...)
+	return removed, errors.Join(append(errs, n.sweep())...)
+}
+
+// sweep forgets neighbours that have no connection any more.
+func (n *Network) sweep() error {
+	n.mu.Lock()
+	defer n.mu.Unlock() // nobody comes meanwhile
+	neighbours, err := netlink.NeighList(n.bridge, netlink.FAMILY_V4)
+	if err != nil {
+		return fmt.Errorf("list neighbours: %w", err)
+	}
+	var errs []error
+	for _, neigh := range neighbours {
+		a, ok := netip.AddrFromSlice(neigh.IP)
+		if _, used := n.used[a.Unmap()]; ok && !used && n.cfg.Subnet.Contains(a.Unmap()) {
+			errs = append(errs, n.forget(Lease{Address: a.Unmap()}))
+		}
+	}
+	return errors.Join(append(errs, n.guard.reset(slices.Collect(maps.Values(n.used))...))...)
+}
+
+// Remove takes the bridge and the tables off the host. Nothing may be connected
+// any more.
+func (n *Network) Remove() error {
+	c, err := nftables.New()
+	if err != nil {
+		return fmt.Errorf("open nftables: %w", err)
+	}
+	for _, f := range []nftables.TableFamily{nftables.TableFamilyIPv4, nftables.TableFamilyBridge} {
+		if f == nftables.TableFamilyIPv4 || n.guard != nil {
+			c.DelTable(&nftables.Table{Family: f, Name: n.cfg.Table})
+		}
+	}
+	errs := []error{c.Flush()}
+	link, err := netlink.LinkByIndex(n.bridge)
+	if err == nil {
+		err = netlink.LinkDel(link)
+	}
+	return errors.Join(append(errs, err)...)
 }
 
 // ResolvConf is what containers find as /etc/resolv.conf.
 func (n *Network) ResolvConf() []byte { return n.resolv }
 
-func resolvConf(servers []netip.Addr) []byte {
-	if len(servers) == 0 {
-		for _, f := range []string{"/run/systemd/resolve/resolv.conf", "/etc/resolv.conf"} {
-			b, err := os.ReadFile(f)
-			if err != nil {
-				continue
-			}
-			for line := range strings.Lines(string(b)) {
-				fields := strings.Fields(line)
-				if len(fields) < 2 || fields[0] != "nameserver" {
-					continue
-				}
-				if a, err := netip.ParseAddr(fields[1]); err == nil && !a.IsLoopback() && a.Is4() {
-					servers = append(servers, a)
-				}
-			}
-			if len(servers) > 0 {
-				break
-			}
+func (n *Network) resolvConf() []byte {
+	found := n.cfg.DNS
+	// systemd-resolved's stub, which containers cannot reach, names its sources
+	// in another file.
+	for _, f := range []string{"/run/systemd/resolve/resolv.conf", "/etc/resolv.conf"} {
+		if len(found) > 0 {
+			break
+		}
+		if b, err := os.ReadFile(f); err == nil {
+			found = servers(string(b))
 		}
 	}
+	if len(found) == 0 {
+		n.cfg.Logger.Warn("containers have no name server: the host's are loopback addresses, which they cannot reach", "hint", "set network.dns in the configuration")
+	}
 	var b strings.Builder
-	for _, s := range servers[:min(len(servers), 3)] {
+	for _, s := range found[:min(len(found), 3)] {
 		b.WriteString("nameserver " + s.String() + "\n")
 	}
 	return []byte(b.String())
+}
+
+// servers are the name servers of a resolv.conf(5) that containers can reach.
+func servers(text string) []netip.Addr {
+	var found []netip.Addr
+	for line := range strings.Lines(text) {
+		fields := strings.Fields(line)
+		if len(fields) < 2 || fields[0] != "nameserver" {
+			continue
+		}
+		if a, err := netip.ParseAddr(fields[1]); err == nil && !a.IsLoopback() && a.Is4() {
+			found = append(found, a)
+		}
+	}
+	return found
 }
