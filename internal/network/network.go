@@ -57,7 +57,8 @@ type Network struct {
 	gateway netip.Addr
 	resolv  []byte
 
-	guard *guard
+	guard   *guard
+	removal removal
 
 	mu   sync.Mutex
 	used map[netip.Addr]Lease
@@ -329,42 +330,6 @@ func inNamespace(netns int, f func() error) error {
 	return <-errs
 }
 
-// Detach removes a connection. It may be repeated.
-func (n *Network) Detach(_ context.Context, l Lease) error {
-	defer func() { // nobody gets the address before nothing is left of it
-		n.mu.Lock()
-		if n.used[l.Address].ID == l.ID {
-			delete(n.used, l.Address)
-		}
-		n.mu.Unlock()
-	}()
-	if l.Address.IsValid() {
-		if err := n.forget(l); err != nil {
-			return err
-		}
-	}
-	link, err := netlink.LinkByName(l.Veth)
-	if _, missing := errors.AsType[netlink.LinkNotFoundError](err); missing {
-		return nil
-	}
-	if err == nil {
-		err = netlink.LinkDel(link)
-	}
-	if err != nil && !errors.Is(err, unix.ENODEV) {
-		return fmt.Errorf("remove interface %s: %w", l.Veth, err)
-	}
-	return nil
-}
-
-// forget removes what the host knows of a container.
-func (n *Network) forget(l Lease) error {
-	err := netlink.NeighDel(&netlink.Neigh{Family: netlink.FAMILY_V4, LinkIndex: n.bridge, IP: l.Address.AsSlice()})
-	if err != nil && !errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("remove neighbour %s: %w", l.Address, err)
-	}
-	return n.guard.dismiss(l)
-}
-
 // Adopt marks the address of a connection that an earlier process made.
 func (n *Network) Adopt(l Lease) error {
 	n.mu.Lock()
@@ -378,25 +343,24 @@ func (n *Network) Adopt(l Lease) error {
 
 // Clean removes every connection on the bridge that is not in keep, and what
 // else of them an earlier process left.
-func (n *Network) Clean(ctx context.Context, keep []string) ([]string, error) {
+func (n *Network) Clean(_ context.Context, keep []string) ([]string, error) {
 	links, err := netlink.LinkList()
 	if err != nil {
 		return nil, fmt.Errorf("list interfaces: %w", err)
 	}
 	var removed []string
-	var errs []error
+	var orphans []Lease
 	for _, l := range links {
 		name := l.Attrs().Name
-		if l.Attrs().MasterIndex != n.bridge || slices.Contains(keep, name) {
-			continue
+		if l.Attrs().MasterIndex == n.bridge && !slices.Contains(keep, name) {
+			removed = append(removed, name)
+			orphans = append(orphans, Lease{ID: name, Veth: name})
 		}
-		if err := n.Detach(ctx, Lease{ID: name, Veth: name}); err != nil {
-			errs = append(errs, err)
-			continue
-		}
-		removed = append(removed, name)
 	}
-	return removed, errors.Join(append(errs, n.sweep())...)
+	if err := n.remove(orphans); err != nil {
+		return nil, errors.Join(err, n.sweep())
+	}
+	return removed, n.sweep()
 }
 
 // sweep forgets neighbours that have no connection any more.
@@ -411,7 +375,7 @@ func (n *Network) sweep() error {
 	for _, neigh := range neighbours {
 		a, ok := netip.AddrFromSlice(neigh.IP)
 		if _, used := n.used[a.Unmap()]; ok && !used && n.cfg.Subnet.Contains(a.Unmap()) {
-			errs = append(errs, n.forget(Lease{Address: a.Unmap()}))
+			errs = append(errs, n.forget(a.Unmap()))
 		}
 	}
 	return errors.Join(append(errs, n.guard.reset(slices.Collect(maps.Values(n.used))...))...)

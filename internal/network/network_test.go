@@ -12,6 +12,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -468,4 +469,46 @@ func BenchmarkAttach(b *testing.B) {
 		n++
 	}
 	b.ReportMetric(float64(took.Microseconds())/float64(n), "µs/attach")
+}
+
+// Many leave at the same moment: all of them are gone, and so is every
+// address. This one runs on the host itself, whose threads are many.
+func TestDetach_ManyTogether(t *testing.T) {
+	n, err := Open(t.Context(), Config{Bridge: "fctmany", Table: "fctmany", Subnet: netip.MustParsePrefix("10.124.0.0/24")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := n.Remove(); err != nil {
+			t.Error(err)
+		}
+	}()
+	leases := make([]Lease, 60)
+	var wg sync.WaitGroup
+	for i := range leases {
+		ns := newNamespace(t)
+		wg.Go(func() {
+			var err error
+			if leases[i], err = n.Attach(t.Context(), fmt.Sprintf("fctmany%d", i), ns); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	began := time.Now()
+	for _, l := range leases {
+		wg.Go(func() {
+			if err := n.Detach(t.Context(), l); err != nil {
+				t.Error(err)
+			}
+			if _, err := netlink.LinkByName(l.Veth); err == nil {
+				t.Errorf("%s is still there", l.Veth)
+			}
+		})
+	}
+	wg.Wait()
+	t.Logf("%d left in %v", len(leases), time.Since(began))
+	if len(n.used) != 0 {
+		t.Errorf("addresses in use: %v", n.used)
+	}
 }
