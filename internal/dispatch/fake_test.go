@@ -108,7 +108,7 @@ func (l *fakeLease) Answered(connect, firstByte time.Duration) {
 		l.t.answered <- [2]time.Duration{connect, firstByte}
 	}
 }
-func (l *fakeLease) Closing() <-chan struct{}   { return l.in.closing }
+func (l *fakeLease) Closing() <-chan struct{} { return l.in.closing }
 
 func (l *fakeLease) end() {
 	if !l.over.CompareAndSwap(false, true) {

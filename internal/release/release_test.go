@@ -261,7 +261,9 @@ func TestStopped_StaysThroughANewImage(t *testing.T) {
 func TestWatch(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFixture(t, func(c *Config) { c.Refresh = time.Minute })
-		pinned := func(s *fleet.Spec) { s.Image = "app@sha256:0000000000000000000000000000000000000000000000000000000000000000" }
+		pinned := func(s *fleet.Spec) {
+			s.Image = "app@sha256:0000000000000000000000000000000000000000000000000000000000000000"
+		}
 		f.deploy(t, spec("web"))
 		f.deploy(t, spec("pinned", pinned))
 		f.deploy(t, spec("back"))
