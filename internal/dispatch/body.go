@@ -88,6 +88,9 @@ type pump struct {
 	done chan struct{}
 	// failed: the client's part failed by itself, run is about to end.
 	failed atomic.Bool
+	// whole: the client's part is complete, and only what is left of it is
+	// still to be written.
+	whole atomic.Bool
 	// Valid once done is closed.
 	readErr  error // of the client
 	writeErr error // of the instance
@@ -137,12 +140,16 @@ func (p *pump) copy() (readErr, writeErr error) {
 				copy(b[front+n:], "\r\n")
 				piece = b[from : front+n+2]
 			}
+			if !chunked && sent == x.r.ContentLength {
+				p.whole.Store(true)
+			}
 			c.allow(time.Now(), x.s.cfg.ResponseTimeout)
 			if _, werr := c.raw.Write(piece); werr != nil {
 				return nil, werr
 			}
 		}
 		if err == io.EOF {
+			p.whole.Store(true)
 			break
 		}
 		if err != nil {
@@ -174,6 +181,9 @@ func (p *pump) stop() bool {
 	select {
 	case <-p.done:
 	default:
+		if p.whole.Load() && p.settle() {
+			break // the instance was quicker with its answer than we are here
+		}
 		if !p.failed.Load() {
 			p.stopped = true
 			p.t.x.readDeadline(longAgo)
@@ -182,6 +192,19 @@ func (p *pump) stop() bool {
 		<-p.done
 	}
 	return !p.stopped && p.readErr == nil && p.writeErr == nil
+}
+
+// settle gives run, which has nothing to wait for but the instance, a moment
+// to end by itself: then both connections can be used again.
+func (p *pump) settle() bool {
+	timer := time.NewTimer(time.Second)
+	defer timer.Stop()
+	select {
+	case <-p.done:
+		return true
+	case <-timer.C:
+		return false
+	}
 }
 
 // fault is what was wrong with the client's body; valid after stop.

@@ -67,21 +67,22 @@ var daemons atomic.Int32
 // on the host.
 func newDaemon(t *testing.T, more string, args ...string) *daemon {
 	t.Helper()
-	n := daemons.Add(1)
+	// Another run of these tests may be under way on this machine.
+	n := daemons.Add(1) + int32(os.Getpid()%400)*16
 	dir, err := os.MkdirTemp("", "fc") // a socket's path must be short
 	if err != nil {
 		t.Fatal(err)
 	}
-	d := &daemon{t: t, dir: dir, name: fmt.Sprintf("fce2e%d", n), http: freeAddr(t), args: args}
+	d := &daemon{t: t, dir: dir, name: fmt.Sprintf("fcx%d", n), http: freeAddr(t), args: args}
 	d.config = filepath.Join(dir, "config.yaml")
 	config := fmt.Sprintf(`node: test
 data: %[1]s/data
 run: %[1]s/run
 http: %[2]s
-network: {bridge: %[3]s, subnet: 10.%[4]d.0.0/16}
+network: {bridge: %[3]s, subnet: 10.%[4]d.%[7]d.0/22}
 sandbox: {cgroup: /%[3]s, uid_base: %[5]d, uid_count: 1024, pool: 2}
 %[6]s
-`, dir, d.http, d.name, 200+n%40, 1<<30+int(n%8)<<26, more)
+`, dir, d.http, d.name, 130+n/64%100, 1<<30+int(n%8)<<26, more, n%64*4)
 	if err := os.WriteFile(d.config, []byte(config), 0o600); err != nil {
 		t.Fatal(err)
 	}
