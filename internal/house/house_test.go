@@ -17,7 +17,7 @@ var floors = [][]string{
 	{"internal/dispatch", "internal/control", "internal/node", "internal/release"},
 	{"internal/api"},
 	{"internal/daemon"},
-	{"cmd/fastcontainer", "bench"},
+	{"cmd/fastcontainer", "bench", "examples/hello"},
 }
 
 // sameFloor are the imports between neighbours, each with its reason.
