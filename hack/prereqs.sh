@@ -4,8 +4,8 @@
 set -euo pipefail
 
 packages=(
-	busybox-static cpio curl docker-registry mmdebstrap qemu-system-x86 # tests
-	apache2-bin crun runsc libapache2-mod-php nftables php-fpm python3-flask runc
+	busybox-static cpio curl docker-registry e2fsprogs mmdebstrap qemu-system-x86 # tests
+	apache2-bin crun runsc libapache2-mod-php nftables php-fpm npm runc xz-utils
 	caddy nginx-light wrk iproute2 gcc libc6-dev
 )
 missing=()
