@@ -4,14 +4,15 @@
 set -euo pipefail
 
 packages=(
-	busybox-static cpio curl docker-registry e2fsprogs mmdebstrap qemu-system-x86 # tests
-	apache2-bin crun runsc libapache2-mod-php nftables php-fpm npm runc xz-utils
-	caddy nginx-light wrk iproute2 gcc libc6-dev
+	busybox-static cpio crun curl docker-registry e2fsprogs gcc iproute2 libc6-dev mmdebstrap nftables # tests
+	qemu-system-x86 runc runsc xz-utils
+	caddy nginx-light wrk # benchmarks
 )
 missing=()
 for p in "${packages[@]}"; do
 	dpkg-query -W -f '${Status}' "$p" 2>/dev/null | grep -q 'ok installed' || missing+=("$p")
 done
+command -v npm >/dev/null || missing+=(npm) # it may come with somebody else's nodejs
 if [ ${#missing[@]} -gt 0 ]; then
 	if [ "$(id -u)" != 0 ]; then
 		echo "these packages are missing, and only root can install them: ${missing[*]}" >&2
