@@ -1,0 +1,291 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/fastcontainer/fastcontainer/internal/events"
+	"github.com/fastcontainer/fastcontainer/internal/fleet"
+)
+
+// plain runs the server as a process until it answers, and tells how long that
+// took.
+func (b *bench) plain() (time.Duration, error) {
+	addr, err := free()
+	if err != nil {
+		return 0, err
+	}
+	_, port, _ := splitPort(addr)
+	cmd := exec.CommandContext(b.ctx, b.root+"/server") //nolint:gosec // ours
+	cmd.Env = []string{"PORT=" + port}
+	began := time.Now()
+	if err := cmd.Start(); err != nil {
+		return 0, err
+	}
+	err = answer(addr)
+	took := time.Since(began)
+	_ = cmd.Process.Kill()
+	_ = cmd.Wait()
+	return took, err
+}
+
+func splitPort(addr string) (host, port string, ok bool) {
+	for i := len(addr) - 1; i >= 0; i-- {
+		if addr[i] == ':' {
+			return addr[:i], addr[i+1:], true
+		}
+	}
+	return "", "", false
+}
+
+var bundles atomic.Int64
+
+// oci runs the server with an OCI runtime until it answers; the container is
+// removed afterwards. It shares the host's network, so that the runtime need
+// not make one: that favours it.
+func (b *bench) oci(runtime string) (took time.Duration, err error) {
+	addr, err := free()
+	if err != nil {
+		return 0, err
+	}
+	_, port, _ := splitPort(addr)
+	id := fmt.Sprintf("bench-%d-%d", os.Getpid(), bundles.Add(1))
+	dir := filepath.Join(b.dir, id)
+	if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // a bundle
+		return 0, err
+	}
+	defer func() { _ = os.RemoveAll(dir) }()
+	if err := b.bundle(runtime, dir, port); err != nil {
+		return 0, err
+	}
+	state := filepath.Join(b.dir, runtime)
+	began := time.Now()
+	cmd := exec.CommandContext(b.ctx, runtime, "--root", state, "run", "--bundle", dir, id) //nolint:gosec // a benchmark
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	if err := cmd.Start(); err != nil {
+		return 0, err
+	}
+	err = answer(addr)
+	took = time.Since(began)
+	// Its run command removes the container once it has ended.
+	if out, kerr := exec.CommandContext(b.ctx, runtime, "--root", state, "kill", id, "KILL").CombinedOutput(); kerr != nil { //nolint:gosec // a benchmark
+		err = errors.Join(err, fmt.Errorf("%s kill: %w: %s%s", runtime, kerr, out, said.String()))
+	}
+	_ = cmd.Wait()
+	return took, err
+}
+
+// bundle writes what runtime's own spec command says, with our program.
+func (b *bench) bundle(runtime, dir, port string) error {
+	cmd := exec.CommandContext(b.ctx, runtime, "spec") //nolint:gosec // a benchmark
+	cmd.Dir = dir
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("%s spec: %w: %s", runtime, err, out)
+	}
+	file := filepath.Join(dir, "config.json")
+	raw, err := os.ReadFile(file) //nolint:gosec // ours
+	if err != nil {
+		return err
+	}
+	var c map[string]any
+	if err := json.Unmarshal(raw, &c); err != nil {
+		return err
+	}
+	process, _ := c["process"].(map[string]any)
+	process["args"], process["env"], process["terminal"] = []string{"/server"}, []string{"PORT=" + port}, false
+	c["root"] = map[string]any{"path": b.root, "readonly": true}
+	linux, _ := c["linux"].(map[string]any)
+	var spaces []any
+	list, _ := linux["namespaces"].([]any)
+	for _, n := range list {
+		if m, ok := n.(map[string]any); ok && m["type"] != "network" {
+			spaces = append(spaces, n)
+		}
+	}
+	linux["namespaces"] = spaces
+	if raw, err = json.Marshal(c); err != nil {
+		return err
+	}
+	return os.WriteFile(file, raw, 0o600)
+}
+
+// cold: one start a second, of each in turn.
+func (b *bench) cold() error {
+	rounds := 60
+	if b.quick {
+		rounds = 12
+	}
+	n, err := b.start("")
+	if err != nil {
+		return err
+	}
+	defer n.end()
+	if err := n.deploy(b.ctx, "cold", nil); err != nil {
+		return err
+	}
+	took := map[string]times{}
+	for round := range rounds + 2 {
+		began := time.Now()
+		for _, who := range []struct {
+			name string
+			f    func() (time.Duration, error)
+		}{
+			{"plain process", b.plain},
+			{"fastcontainer", func() (time.Duration, error) { return get(n.http, "cold.localhost") }},
+			{"crun run", func() (time.Duration, error) { return b.oci("crun") }},
+			{"runc run", func() (time.Duration, error) { return b.oci("runc") }},
+		} {
+			d, err := who.f()
+			if err != nil {
+				return fmt.Errorf("%s: %w", who.name, err)
+			}
+			if round >= 2 { // the first two warm the page cache
+				took[who.name] = append(took[who.name], d)
+			}
+			time.Sleep(50 * time.Millisecond)
+		}
+		if err := errors.Join(n.client.SetStopped(b.ctx, "cold", true), n.client.SetStopped(b.ctx, "cold", false)); err != nil {
+			return err
+		}
+		time.Sleep(time.Until(began.Add(time.Second)))
+	}
+	ours, crun := took["fastcontainer"], took["crun run"]
+	b.say("## A request that finds its app asleep\n")
+	b.say("Arrival of the request (a new connection) to the last byte of the answer, static Go server, image unpacked, page cache warm, one start a second, %d rounds,", rounds)
+	b.say("the four in turn. *plain process*: fork, exec, until it answers. *crun run*, *runc run*: of the same root filesystem, with the host's network (they")
+	b.say("need not make one, which favours them), until the port answers; ours makes its network, overlay, user namespace and limits as always.\n")
+	b.say("| | p50 ms | p99 ms | p50 beside crun |\n|---|---|---|---|")
+	for _, who := range []string{"plain process", "fastcontainer", "crun run", "runc run"} {
+		t := took[who]
+		b.say("| %s | %s | %s | %.2f |", who, ms(t.at(.5)), ms(t.at(.99)), float64(t.at(.5))/float64(crun.at(.5)))
+	}
+	b.say("\nAimed at: p50 ≤ 10 ms (%s), p99 ≤ 25 ms (%s), at most half of crun's p50 (%s).\n", verdict(ours.at(.5) <= 10*time.Millisecond), verdict(ours.at(.99) <= 25*time.Millisecond), verdict(2*ours.at(.5) <= crun.at(.5)))
+	return b.stages(n)
+}
+
+func verdict(ok bool) string {
+	if ok {
+		return "met"
+	}
+	return "**missed**"
+}
+
+// stages of those starts, from their ready events.
+func (b *bench) stages(n *node) error {
+	took := map[string]times{}
+	var order []string
+	err := n.client.Events(b.ctx, "cold", events.From{Last: 10000}, false, func(e fleet.Event) error {
+		if e.Type == fleet.EventReady && e.Stages != nil {
+			order = order[:0]
+			for _, s := range e.Stages.List() {
+				order = append(order, s.Name)
+				took[s.Name] = append(took[s.Name], s.Took)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	b.say("Where the time goes, by the stages of the `ready` events (*listen* is the app's own: from exec until its port accepts):\n")
+	b.say("| stage | p50 ms | p99 ms |\n|---|---|---|")
+	for _, s := range order {
+		b.say("| %s | %.2f | %.2f |", s, float64(took[s].at(.5).Microseconds())/1000, float64(took[s].at(.99).Microseconds())/1000)
+	}
+	b.say("")
+	return nil
+}
+
+// rate: as many starts as the machine takes.
+func (b *bench) rate() error {
+	span := 30 * time.Second
+	if b.quick {
+		span = 6 * time.Second
+	}
+	n, err := b.start("")
+	if err != nil {
+		return err
+	}
+	defer n.end()
+	const apps = 240
+	for i := range apps {
+		if err := n.deploy(b.ctx, fmt.Sprintf("r%d", i), func(s *fleet.Spec) {
+			s.Idle = fleet.Duration(10 * time.Millisecond)
+			s.Resources.Memory.Rest = 64 << 20
+		}); err != nil {
+			return err
+		}
+	}
+	var next atomic.Int64
+	ours := func() (time.Duration, error) {
+		return get(n.http, fmt.Sprintf("r%d.localhost", next.Add(1)%apps))
+	}
+	starts := func() int {
+		count := 0
+		_ = n.client.Events(b.ctx, "", events.From{Last: 10000}, false, func(e fleet.Event) error {
+			if e.Type == fleet.EventStart {
+				count++
+			}
+			return nil
+		})
+		return count
+	}
+	b.say("## Starts a second\n")
+	b.say("Whole lives (start, answer one request, removed without a trace) for %s, by 8 clients at once. Ours: %d apps in turn, each retired 10 ms after its answer.\n", span, apps)
+	b.say("| | lives a second | p50 ms | p99 ms | failed |\n|---|---|---|---|---|")
+	for _, who := range []struct {
+		name string
+		f    func() (time.Duration, error)
+	}{
+		{"fastcontainer", ours},
+		{"crun", func() (time.Duration, error) { return b.oci("crun") }},
+		{"runc", func() (time.Duration, error) { return b.oci("runc") }},
+	} {
+		t, failed := load(8, span, who.f)
+		b.say("| %s | %.0f | %s | %s | %d |", who.name, float64(len(t))/span.Seconds(), ms(t.at(.5)), ms(t.at(.99)), failed)
+		if who.name == "fastcontainer" {
+			if s := starts(); s < 9000 && s < len(t)*95/100 { // the log keeps the last 10,000 events
+				b.say("\nOnly %d of %d requests were starts.", s, len(t))
+			}
+		}
+	}
+	b.say("\nAimed at: 150 a second.\n")
+	return nil
+}
+
+// load calls f from several goroutines for a while.
+func load(clients int, span time.Duration, f func() (time.Duration, error)) (times, int) {
+	var mu sync.Mutex
+	var all times
+	failed := 0
+	end := time.Now().Add(span)
+	var wg sync.WaitGroup
+	for range clients {
+		wg.Go(func() {
+			for time.Now().Before(end) {
+				d, err := f()
+				mu.Lock()
+				if err != nil {
+					if failed == 0 {
+						fmt.Fprintln(os.Stderr, "first failure:", err)
+					}
+					failed++
+				} else {
+					all = append(all, d)
+				}
+				mu.Unlock()
+			}
+		})
+	}
+	wg.Wait()
+	return all, failed
+}

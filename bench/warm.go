@@ -1,0 +1,168 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"syscall"
+	"time"
+
+	"github.com/fastcontainer/fastcontainer/internal/fleet"
+)
+
+// flow is what wrk measured.
+type flow struct {
+	rate     float64
+	p50, p99 time.Duration
+}
+
+var (
+	wrkRate = regexp.MustCompile(`Requests/sec:\s+([0-9.]+)`)
+	wrk50   = regexp.MustCompile(`50%\s+([0-9.]+[a-z]+)`)
+	wrk99   = regexp.MustCompile(`99%\s+([0-9.]+[a-z]+)`)
+	wrkBad  = regexp.MustCompile(`Non-2xx or 3xx responses: (\d+)`)
+)
+
+// wrk loads an address from the second processor.
+func (b *bench) wrk(addr, host string, connections int, span time.Duration) (flow, error) {
+	out, err := exec.CommandContext(b.ctx, "taskset", "-c", "1", "wrk", "--latency", "-t1", "-c"+strconv.Itoa(connections), "-d"+strconv.Itoa(int(span.Seconds()))+"s", "-H", "Host: "+host, "http://"+addr+"/").CombinedOutput() //nolint:gosec // a benchmark
+	if err != nil {
+		return flow{}, fmt.Errorf("wrk: %w: %s", err, out)
+	}
+	if wrkBad.Match(out) {
+		return flow{}, fmt.Errorf("wrk: %s", out)
+	}
+	var f flow
+	for re, put := range map[*regexp.Regexp]func(string) error{
+		wrkRate: func(s string) (err error) { f.rate, err = strconv.ParseFloat(s, 64); return err },
+		wrk50:   func(s string) (err error) { f.p50, err = time.ParseDuration(s); return err },
+		wrk99:   func(s string) (err error) { f.p99, err = time.ParseDuration(s); return err },
+	} {
+		m := re.FindSubmatch(out)
+		if m == nil {
+			return f, fmt.Errorf("wrk says: %s", out)
+		}
+		if err := put(string(m[1])); err != nil {
+			return f, err
+		}
+	}
+	return f, nil
+}
+
+// proxy runs a peer on the first processor until stop.
+func (b *bench) proxy(name, config string, args ...string) (stop func(), err error) {
+	file := filepath.Join(b.dir, name+".conf")
+	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
+		return nil, err
+	}
+	cmd := exec.CommandContext(b.ctx, "taskset", append([]string{"-c", "0", name}, append(args, file)...)...) //nolint:gosec // a benchmark
+	cmd.Env = append(os.Environ(), "HOME="+b.dir)
+	cmd.Dir = b.dir
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	return func() { _ = cmd.Process.Signal(syscall.SIGTERM); _ = cmd.Wait() }, nil
+}
+
+// warm: the same backend, an instance, behind each proxy.
+func (b *bench) warm() error {
+	span, rounds := 5*time.Second, 3
+	if b.quick {
+		span, rounds = 2*time.Second, 1
+	}
+	n, err := b.start("0")
+	if err != nil {
+		return err
+	}
+	defer n.end()
+	backend, err := b.awake(n, "warm")
+	if err != nil {
+		return err
+	}
+	addrs := map[string]string{"fastcontainer": n.http, "no proxy": backend}
+	for _, name := range []string{"nginx", "caddy"} {
+		if addrs[name], err = free(); err != nil {
+			return err
+		}
+	}
+	stop, err := b.proxy("nginx", fmt.Sprintf("daemon off; worker_processes 1; error_log %[1]s/nginx.log; pid %[1]s/nginx.pid;\nevents { worker_connections 1024; }\nhttp { access_log off; keepalive_requests 1000000; client_body_temp_path %[1]s; proxy_temp_path %[1]s; fastcgi_temp_path %[1]s; uwsgi_temp_path %[1]s; scgi_temp_path %[1]s;\nupstream app { server %[2]s; keepalive 128; keepalive_requests 1000000; }\nserver { listen %[3]s; location / { proxy_pass http://app; proxy_http_version 1.1; proxy_set_header Connection ''; proxy_set_header Host $host; proxy_set_header X-Forwarded-For $remote_addr; } } }\n", b.dir, backend, addrs["nginx"]), "-c")
+	if err != nil {
+		return err
+	}
+	defer stop()
+	_, port, _ := splitPort(addrs["caddy"])
+	if stop, err = b.proxy("caddy", fmt.Sprintf("{\n admin off\n auto_https off\n}\nhttp://:%s {\n reverse_proxy %s\n}\n", port, backend), "run", "--adapter", "caddyfile", "--config"); err != nil {
+		return err
+	}
+	defer stop()
+	for _, a := range addrs {
+		if err := waitFor(a); err != nil {
+			return err
+		}
+	}
+	best, one := map[string]flow{}, map[string]flow{}
+	order := []string{"no proxy", "nginx", "fastcontainer", "caddy"}
+	for range rounds {
+		for _, who := range order {
+			f, err := b.wrk(addrs[who], "warm.localhost", 32, span)
+			if err != nil {
+				return fmt.Errorf("%s: %w", who, err)
+			}
+			if f.rate > best[who].rate {
+				best[who] = f
+			}
+			if f, err = b.wrk(addrs[who], "warm.localhost", 1, 2*time.Second); err != nil {
+				return fmt.Errorf("%s: %w", who, err)
+			}
+			if f.rate > one[who].rate {
+				one[who] = f
+			}
+		}
+	}
+	b.say("## A warm request\n")
+	b.say("The proxy alone on one processor; wrk and the backend, one and the same instance for all, on the other. 32 connections for the rate; 1 connection for")
+	b.say("the added latency: what a request takes longer than without a proxy. The best of %d rounds of %s, in turn.\n", rounds, span)
+	b.say("| | requests/s | beside Caddy | p50 of 32 | p99 of 32 | added p50 µs | added p99 µs |\n|---|---|---|---|---|---|---|")
+	direct := one["no proxy"]
+	for _, who := range order {
+		f := best[who]
+		b.say("| %s | %.0f | %.2f | %s | %s | %d | %d |", who, f.rate, f.rate/best["caddy"].rate, f.p50, f.p99, (one[who].p50 - direct.p50).Microseconds(), (one[who].p99 - direct.p99).Microseconds())
+	}
+	b.say("\nAimed at: at least Caddy's rate (%s). It is %.0f %% of nginx's. What would bring it nearer: fewer allocations for a request in", verdict(best["fastcontainer"].rate >= best["caddy"].rate), 100*best["fastcontainer"].rate/best["nginx"].rate)
+	b.say("net/http's server, which is kept because it is well kept.\n")
+	return nil
+}
+
+// awake deploys an app that stays, wakes it, and moves its instance to the
+// second processor. It gives the instance's address.
+func (b *bench) awake(n *node, name string) (string, error) {
+	if err := n.deploy(b.ctx, name, func(s *fleet.Spec) { s.Idle, s.Lifetime = 0, 0 }); err != nil {
+		return "", err
+	}
+	if _, err := get(n.http, name+".localhost"); err != nil {
+		return "", err
+	}
+	list, err := n.client.Instances(b.ctx, fleet.AppName(name))
+	if err != nil || len(list) != 1 {
+		return "", fmt.Errorf("%d instances of %s: %w", len(list), name, err)
+	}
+	if out, err := exec.CommandContext(b.ctx, "taskset", "-a", "-c", "-p", "1", strconv.Itoa(list[0].PID)).CombinedOutput(); err != nil { //nolint:gosec // a benchmark
+		return "", fmt.Errorf("taskset: %w: %s", err, out)
+	}
+	return list[0].Address, nil
+}
+
+// waitFor waits until somebody answers.
+func waitFor(addr string) error {
+	var err error
+	for range 200 {
+		if _, err = get(addr, "warm.localhost"); err == nil {
+			return nil
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	return fmt.Errorf("%s: %w", addr, err)
+}
