@@ -21,6 +21,9 @@ import (
 	"github.com/fastcontainer/fastcontainer/internal/sandbox"
 )
 
+// linkGroup marks the links of this suite.
+const linkGroup = 0x7e57
+
 // pairs is a small network that works: a veth pair for each container.
 type pairs struct {
 	mu    sync.Mutex
@@ -39,6 +42,7 @@ func (p *pairs) Attach(_ context.Context, name string, ns int) (sandbox.Link, er
 	defer p.mu.Unlock()
 	p.calls = append(p.calls, "attach")
 	attrs := netlink.NewLinkAttrs()
+	attrs.Group = linkGroup
 	attrs.Name = name
 	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: "eth0", PeerNamespace: netlink.NsFd(ns)}
 	if err := netlink.LinkAdd(veth); err != nil {

@@ -21,6 +21,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
+
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
 	"github.com/fastcontainer/fastcontainer/internal/sandbox"
 )
@@ -274,10 +276,12 @@ func hostState(t *testing.T, group string) []string {
 			state = append(state, "thread in "+ns)
 		}
 	}
-	links, err := os.ReadDir("/sys/class/net")
+	links, err := netlink.LinkList()
 	must(t, err)
 	for _, l := range links {
-		state = append(state, "link "+l.Name())
+		if l.Attrs().Group == linkGroup { // others come and go on a host
+			state = append(state, "link "+l.Attrs().Name)
+		}
 	}
 	for _, pattern := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/*"} {
 		groups, err := filepath.Glob(filepath.Join(pattern, group, "*"))
