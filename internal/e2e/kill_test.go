@@ -131,9 +131,9 @@ func (d *daemon) census() map[string]int {
 		rules, _ := exec.Command("nft", "list", "table", family, "fastcontainer-"+d.name).Output()
 		c["lines of nft rules of "+family] = strings.Count(string(rules), "\n")
 	}
-	for _, dir := range []string{"run/instances", "data/logs"} {
-		entries, _ := os.ReadDir(filepath.Join(d.dir, dir))
-		c[dir] = len(entries)
+	for _, files := range []string{"run/instances/*", "data/logs/*/*"} {
+		found, _ := filepath.Glob(filepath.Join(d.dir, files))
+		c[files] = len(found)
 	}
 	return c
 }

@@ -21,9 +21,19 @@ import (
 // keptLogs is how many logs of ended instances are kept for each app.
 const keptLogs = 5
 
+// logPath is where an instance's output goes. Each app has a directory of its
+// own, so that nobody ever looks through the logs of all.
+func (n *Node) logPath(id fleet.InstanceID) string {
+	return filepath.Join(n.cfg.LogDir, string(id.App()), string(id)+".log")
+}
+
 // logFiles of an app or an instance, oldest first.
 func (n *Node) logFiles(name string) ([]string, error) {
-	entries, err := os.ReadDir(n.cfg.LogDir)
+	dir := filepath.Join(n.cfg.LogDir, string(fleet.InstanceID(name).App()))
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
 	if err != nil {
 		return nil, fmt.Errorf("list logs: %w", err)
 	}
@@ -38,7 +48,7 @@ func (n *Node) logFiles(name string) ([]string, error) {
 			continue
 		}
 		if info, err := e.Info(); err == nil {
-			files = append(files, file{filepath.Join(n.cfg.LogDir, e.Name()), info.ModTime()})
+			files = append(files, file{filepath.Join(dir, e.Name()), info.ModTime()})
 		}
 	}
 	slices.SortFunc(files, func(a, b file) int { return cmp.Or(a.at.Compare(b.at), strings.Compare(a.path, b.path)) })
@@ -70,11 +80,7 @@ func (n *Node) pruneLogs(app fleet.AppName) {
 // Forget removes the logs, and if volumes is true the named volumes, of an app
 // that is deleted.
 func (n *Node) Forget(app fleet.AppName, volumes bool) error {
-	files, err := n.logFiles(string(app))
-	errs := []error{err}
-	for _, p := range files {
-		errs = append(errs, os.Remove(p))
-	}
+	errs := []error{os.RemoveAll(filepath.Join(n.cfg.LogDir, string(app)))}
 	if volumes {
 		errs = append(errs, os.RemoveAll(filepath.Join(n.cfg.VolumeDir, string(app))))
 	}

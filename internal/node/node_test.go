@@ -453,7 +453,7 @@ func TestLives_LeaveNothing(t *testing.T) {
 	}
 	count := func() map[string]int {
 		c := map[string]int{}
-		for name, dir := range map[string]string{"descriptors": "/proc/self/fd", "logs": b.dir + "/logs", "states": b.dir + "/run"} {
+		for name, dir := range map[string]string{"descriptors": "/proc/self/fd", "logs": b.dir + "/logs/app", "states": b.dir + "/run"} {
 			entries, err := os.ReadDir(dir)
 			if err != nil {
 				t.Fatal(err)

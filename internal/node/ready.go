@@ -26,12 +26,15 @@ var errNotReady = errors.New("not ready in time")
 func (i *Instance) awaitReady(ctx context.Context) error {
 	began := time.Now()
 	addr := i.Info().Address.String()
-	dialer := net.Dialer{Timeout: time.Second}
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	<-timer.C
 	var last error
 	for {
+		// The kernel answers for a listening program, so no answer means that the
+		// packet was lost on an interface that is just coming up. TCP itself
+		// would wait a second before it sends another.
+		dialer := net.Dialer{Timeout: min(max(10*time.Millisecond, time.Since(began)), time.Second)}
 		conn, err := dialer.DialContext(ctx, "tcp", addr)
 		if err == nil {
 			if i.rev.Spec.Ready.HTTP == "" {

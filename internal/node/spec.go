@@ -32,7 +32,10 @@ func (n *Node) sandboxSpec(id fleet.InstanceID, rev fleet.Revision, img image.Im
 		Limits: sandbox.Limits{
 			CPU: s.Resources.CPU.Rest, CPUWeight: 100, Memory: s.Resources.Memory.Rest, PIDs: s.Resources.PIDs,
 		},
-		Log: filepath.Join(n.cfg.LogDir, string(id)+".log"),
+		Log: n.logPath(id),
+	}
+	if err := os.MkdirAll(filepath.Dir(out.Log), 0o700); err != nil {
+		return out, fmt.Errorf("make directory for logs: %w", err)
 	}
 	if out.Disk == 0 {
 		out.Disk = max(s.Resources.Memory.Peak, s.Resources.Memory.Rest) / 2
