@@ -75,9 +75,18 @@ func (b *bench) oci(runtime string) (took time.Duration, err error) {
 	}
 	err = answer(addr)
 	took = time.Since(began)
-	// Its run command removes the container once it has ended.
-	if out, kerr := exec.CommandContext(b.ctx, runtime, "--root", state, "kill", id, "KILL").CombinedOutput(); kerr != nil { //nolint:gosec // a benchmark
-		err = errors.Join(err, fmt.Errorf("%s kill: %w: %s%s", runtime, kerr, out, said.String()))
+	// Its run command removes the container once it has ended. The program may
+	// answer before the runtime has written down that it runs.
+	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		out, kerr := exec.CommandContext(b.ctx, runtime, "--root", state, "kill", id, "KILL").CombinedOutput() //nolint:gosec // a benchmark
+		if kerr == nil {
+			break
+		}
+		if time.Now().After(deadline) {
+			_ = cmd.Process.Kill()
+			err = errors.Join(err, fmt.Errorf("%s kill: %w: %s%s", runtime, kerr, out, said.String()))
+			break
+		}
 	}
 	_ = cmd.Wait()
 	return took, err
