@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"sync"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -21,7 +22,12 @@ type removal struct {
 	waiting *batch // which the next removal takes
 
 	turn sync.Mutex // one removal at a time
+	last time.Time  // end of the last one; guarded by turn
 }
+
+// pause between two removals: while one is under way the kernel lets nobody
+// else make an interface, and somebody may be waiting for one.
+const pause = 100 * time.Millisecond
 
 // batch is what is removed at once.
 type batch struct {
@@ -47,10 +53,12 @@ func (n *Network) Detach(_ context.Context, l Lease) error {
 	if b.done { // by another one that waited
 		return b.err
 	}
+	time.Sleep(pause - time.Since(r.last))
 	r.mu.Lock()
 	r.waiting = nil // who comes now is in the next
 	r.mu.Unlock()
 	b.err, b.done = n.remove(b.leases), true
+	r.last = time.Now()
 	return b.err
 }
 
