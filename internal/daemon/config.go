@@ -196,9 +196,9 @@ func (c *Config) Validate() error {
 	if err := fleet.ValidName(c.Node); err != nil {
 		bad("node", "%v", err)
 	}
-	for key, dir := range map[string]string{"data": c.Data, "run": c.Run} {
-		if !filepath.IsAbs(dir) {
-			bad(key, "%q is not an absolute path", dir)
+	for _, d := range [][2]string{{"data", c.Data}, {"run", c.Run}} {
+		if !filepath.IsAbs(d[1]) {
+			bad(d[0], "%q is not an absolute path", d[1])
 		}
 	}
 	if c.HTTP == "" && c.HTTPS == "" {
@@ -228,12 +228,15 @@ func (c *Config) Validate() error {
 			bad("door.trusted_proxies", "%v", err)
 		}
 	}
-	for key, n := range map[string]int{
-		"door.max_conns": c.Door.MaxConns, "door.max_conns_per_ip": c.Door.MaxConnsPerIP,
-		"holds.per_app": c.Holds.PerApp, "holds.total": c.Holds.Total,
+	for _, l := range []struct {
+		key string
+		n   int
+	}{
+		{"door.max_conns", c.Door.MaxConns}, {"door.max_conns_per_ip", c.Door.MaxConnsPerIP},
+		{"holds.per_app", c.Holds.PerApp}, {"holds.total", c.Holds.Total},
 	} {
-		if n < 1 {
-			bad(key, "%d: at least 1 is needed", n)
+		if l.n < 1 {
+			bad(l.key, "%d: at least 1 is needed", l.n)
 		}
 	}
 	if c.Holds.Timeout <= 0 {
