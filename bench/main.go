@@ -23,6 +23,7 @@ type bench struct {
 	dir   string
 	root  string // root filesystem with the static server
 	quick bool
+	nodes int          // that were started
 	out   bytes.Buffer // the document
 }
 

@@ -24,12 +24,11 @@ import (
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
 )
 
-const bridge = "fcbench"
-
 // node is a daemon under test.
 type node struct {
 	b      *bench
 	cmd    *exec.Cmd
+	name   string // of its bridge and cgroup
 	http   string
 	client *api.Client
 	log    *os.File
@@ -46,11 +45,14 @@ func (b *bench) start(pin string) (*node, error) {
 		return nil, err
 	}
 	config := filepath.Join(dir, "config.yaml")
-	text := fmt.Sprintf("data: %[1]s/data\nrun: %[1]s/run\nhttp: %[2]s\nnetwork: {bridge: %[3]s, subnet: 10.77.0.0/16}\nsandbox: {cgroup: /%[3]s}\ndoor: {max_conns_per_ip: 10000}\n", dir, addr, bridge)
+	b.nodes++
+	name := fmt.Sprintf("fcbench%d", b.nodes)
+	text := fmt.Sprintf("data: %[1]s/data\nrun: %[1]s/run\nhttp: %[2]s\nnetwork: {bridge: %[3]s, subnet: 10.%[4]d.0.0/16}\nsandbox: {cgroup: /%[3]s, uid_base: %[5]d, uid_count: 1024}\ndoor: {max_conns_per_ip: 10000}\n",
+		dir, addr, name, 70+b.nodes, 1<<29+b.nodes<<26)
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		return nil, err
 	}
-	n := &node{b: b, http: addr}
+	n := &node{b: b, name: name, http: addr}
 	if n.log, err = os.Create(filepath.Join(dir, "log")); err != nil { //nolint:gosec // our own directory
 		return nil, err
 	}
@@ -92,8 +94,15 @@ func (n *node) end() {
 	}
 	_ = n.cmd.Process.Signal(syscall.SIGTERM)
 	_ = n.cmd.Wait()
-	if l, err := netlink.LinkByName(bridge); err == nil {
+	if l, err := netlink.LinkByName(n.name); err == nil {
 		_ = netlink.LinkDel(l)
+	}
+	for _, family := range []string{"ip", "bridge", "inet"} {
+		_ = exec.Command("nft", "delete", "table", family, "fastcontainer-"+n.name).Run() //nolint:gosec,noctx // ours
+	}
+	groups, _ := filepath.Glob("/sys/fs/cgroup/*/" + n.name)
+	for _, g := range append(groups, "/sys/fs/cgroup/"+n.name) {
+		_ = os.Remove(g)
 	}
 	_ = n.log.Close()
 }
