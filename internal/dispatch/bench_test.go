@@ -2,13 +2,10 @@ package dispatch
 
 import (
 	"io"
-	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httputil"
-	"net/netip"
 	"net/url"
-	"os"
 	"testing"
 )
 
@@ -96,32 +93,4 @@ func BenchmarkForward(b *testing.B) {
 		b.ResetTimer()
 		run(b, l.Addr().String())
 	})
-}
-
-// TestBenchServer serves until it is told to stop, for load generators of
-// other processes: set DISPATCH_BENCH=LISTEN,BACKEND.
-func TestBenchServer(t *testing.T) {
-	spec := os.Getenv("DISPATCH_BENCH")
-	if spec == "" {
-		return
-	}
-	u, err := url.Parse(spec) // listen://HOST:PORT/BACKENDHOST:PORT
-	if err != nil {
-		t.Fatal(err)
-	}
-	cfg := DefaultConfig()
-	app := &fakeTarget{app: "app"}
-	f := &front{t: t, cfg: cfg, app: app}
-	f.instance(u.Path[1:])
-	srv, err := New(cfg, &fakeRouter{targets: map[string]*fakeTarget{"127.0.0.1": app}}, slog.New(slog.DiscardHandler), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	l, err := net.Listen("tcp", netip.MustParseAddrPort(u.Host).String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := srv.Serve(t.Context(), Listener{Listener: l}); err != nil {
-		t.Fatal(err)
-	}
 }
