@@ -1,7 +1,14 @@
 // Package network connects containers: a bridge with the node's address on
-// it, a veth pair and an address for each container's network namespace, and an
-// nftables table of its own that lets containers out and keeps them from each
+// it, a veth pair and an address for each container's network namespace, and
+// nftables tables of its own that let containers out and keep them from each
 // other and from the host's services.
+//
+//	container            host
+//	eth0 10.89.0.7 ───── port ─┐ isolated; takes only 10.89.0.7
+//	eth0 10.89.0.8 ───── port ─┴ bridge 10.89.0.1 ── forward, masquerade ── world
+//
+// Of what a container sends, the world is all that it reaches. It is reached
+// from the host alone.
 package network
 
 import (
@@ -9,13 +16,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
-	"net"
 	"net/netip"
 	"os"
-	"runtime"
 	"slices"
-	"strings"
 	"sync"
 
 	"github.com/google/nftables"
@@ -38,8 +41,8 @@ type Config struct {
 	Table string
 	// DNS servers for containers. Default: the host's.
 	DNS []netip.Addr
-	// Deny are destinations that containers never reach. Default: the
-	// metadata address of clouds.
+	// Deny are IPv4 destinations that containers never reach, beside the
+	// metadata addresses of clouds. They reach name servers even there.
 	Deny []netip.Prefix
 }
 
@@ -50,24 +53,43 @@ type Lease struct {
 	Address netip.Addr `json:"address"`
 }
 
-// Network is the node's network.
+// Network is the node's network. It belongs to the network namespace of the
+// thread that opened it, whichever thread uses it.
 type Network struct {
 	cfg     Config
 	bridge  int
 	gateway netip.Addr
-	resolv  []byte
+	hosts   []netip.Addr // the host's own addresses
+	servers []netip.Addr
+
+	home    *os.File // the network namespace
+	kernel  *netlink.Handle
+	wire    *wire
+	filters *filters
 
 	guard   *guard
 	removal removal
-
-	mu   sync.Mutex
-	used map[netip.Addr]Lease
-	next netip.Addr
+	pool    *pool
 }
 
-// Open makes the bridge and the table, or takes over those of an earlier
-// process.
-func Open(ctx context.Context, c Config) (*Network, error) {
+// Open makes the bridge and the tables, or takes over those of an earlier
+// process. Containers that are connected stay so. Close it.
+func Open(ctx context.Context, c Config) (_ *Network, err error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	c, err = c.complete()
+	if err != nil {
+		return nil, err
+	}
+	n := &Network{cfg: c, gateway: c.Subnet.Addr().Next(), pool: newPool(c.Subnet)}
+	if err := n.open(); err != nil {
+		return nil, fmt.Errorf("open network: %w", errors.Join(err, n.Close()))
+	}
+	return n, nil
+}
+
+func (c Config) complete() (Config, error) {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -80,363 +102,268 @@ func Open(ctx context.Context, c Config) (*Network, error) {
 	if c.Table == "" {
 		c.Table = "fastcontainer"
 	}
-	if len(c.Deny) == 0 {
-		c.Deny = []netip.Prefix{netip.MustParsePrefix("169.254.0.0/16")}
-	}
 	c.Subnet = c.Subnet.Masked()
-	if !c.Subnet.Addr().Is4() || c.Subnet.Bits() > 29 {
-		return nil, &fleet.Error{Op: "open network", Subject: c.Subnet.String(), Kind: fleet.ErrInvalid, Err: errors.New("it must be an IPv4 prefix of at least 8 addresses"), Hint: "for example 10.89.0.0/16"}
+	if !c.Subnet.Addr().Is4() || c.Subnet.Bits() > 29 || c.Subnet.Bits() < 8 {
+		return c, &fleet.Error{Op: "open network", Subject: c.Subnet.String(), Kind: fleet.ErrInvalid, Err: errors.New("it must be an IPv4 prefix of 8 to 2^24 addresses"), Hint: "for example 10.89.0.0/16"}
 	}
-	n := &Network{cfg: c, gateway: c.Subnet.Addr().Next(), used: map[netip.Addr]Lease{}}
-	n.next = n.gateway.Next()
-	n.resolv = n.resolvConf()
+	deny := make([]netip.Prefix, 0, len(metadata)+len(c.Deny))
+	for _, m := range metadata {
+		deny = append(deny, netip.MustParsePrefix(m))
+	}
+	for _, d := range c.Deny {
+		if !d.IsValid() {
+			return c, &fleet.Error{Op: "open network", Subject: "deny", Kind: fleet.ErrInvalid, Err: errors.New("it holds something that is no prefix"), Hint: "for example 192.168.0.0/16"}
+		}
+		if d.Addr().Is4() { // they reach nothing by IPv6
+			deny = append(deny, d)
+		}
+	}
+	c.Deny = deny
+	return c, nil
+}
+
+// open connects to the kernel and makes what is missing there.
+func (n *Network) open() (err error) {
+	if n.home, err = os.Open("/proc/thread-self/ns/net"); err != nil {
+		return fmt.Errorf("open network namespace: %w", err)
+	}
+	n.filters = &filters{home: n.home}
+	if n.wire, err = openWire(); err != nil {
+		return err
+	}
+	if n.kernel, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return fmt.Errorf("open netlink: %w", err)
+	}
+	if n.hosts, err = n.hostAddrs(); err != nil {
+		return err
+	}
+	n.servers = nameservers(n.cfg.DNS, n.hosts, resolvFiles, n.cfg.Logger)
+	_, before := n.wire.index(n.cfg.Bridge)
+	defer func() {
+		if err != nil && before != nil && n.bridge != 0 {
+			err = errors.Join(err, n.Remove())
+		}
+	}()
 	if err := n.openBridge(); err != nil {
-		return nil, fmt.Errorf("open network: %w", err)
+		return err
 	}
-	if err := n.openTable(); err != nil {
-		return nil, fmt.Errorf("open network: %w", err)
+	if err := n.openTables(); err != nil {
+		return err
 	}
-	var err error
 	if n.guard, err = n.openGuard(); err != nil {
-		return nil, fmt.Errorf("open network: %w", err)
+		return err
 	}
-	return n, nil
+	return n.raiseBridge()
 }
 
-func (n *Network) openBridge() error {
-	link, err := netlink.LinkByName(n.cfg.Bridge)
-	if _, missing := errors.AsType[netlink.LinkNotFoundError](err); missing {
-		if err := n.checkSubnet(); err != nil {
-			return err
-		}
-		attrs := netlink.NewLinkAttrs()
-		attrs.Name = n.cfg.Bridge
-		if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: attrs}); err != nil {
-			return fmt.Errorf("make bridge %s: %w", n.cfg.Bridge, err)
-		}
-		link, err = netlink.LinkByName(n.cfg.Bridge)
+// Close lets go of the kernel. The bridge stays, for containers go on.
+func (n *Network) Close() error {
+	var errs []error
+	if n.kernel != nil {
+		n.kernel.Close()
 	}
+	if n.wire != nil {
+		n.wire.close()
+	}
+	if n.filters != nil {
+		errs = append(errs, n.filters.close())
+	}
+	if n.home != nil {
+		errs = append(errs, n.home.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Remove takes the bridge, its address and the tables off the host, as if they
+// had never been. It refuses while containers are connected. Close it
+// nevertheless.
+func (n *Network) Remove() error {
+	ports, err := n.ports()
 	if err != nil {
-		return fmt.Errorf("find bridge %s: %w", n.cfg.Bridge, err)
+		return fmt.Errorf("remove network: %w", err)
 	}
-	n.bridge = link.Attrs().Index
-	// A bridge that has no address of its own takes the lowest of its ports', so
-	// that it changes as containers come and go.
-	if err := netlink.LinkSetHardwareAddr(link, hardwareAddr(n.gateway)); err != nil {
-		return fmt.Errorf("give bridge its hardware address: %w", err)
+	if len(ports) > 0 {
+		return &fleet.Error{Op: "remove network", Subject: n.cfg.Bridge, Kind: fleet.ErrConflict, Err: fmt.Errorf("%d containers are connected", len(ports)), Hint: "stop all containers first"}
 	}
-	// Containers have IPv4 alone, and the host does not answer them otherwise.
-	err = os.WriteFile("/proc/sys/net/ipv6/conf/"+n.cfg.Bridge+"/disable_ipv6", []byte("1"), 0)
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("disable IPv6 on the bridge: %w", err)
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.Index = n.cfg.Bridge, n.bridge
+	var errs []error
+	if err := n.kernel.LinkDel(&netlink.Bridge{LinkAttrs: attrs}); err != nil && !gone(err) {
+		errs = append(errs, fmt.Errorf("remove bridge %s: %w", n.cfg.Bridge, err))
 	}
-	addr := &netlink.Addr{IPNet: &net.IPNet{IP: n.gateway.AsSlice(), Mask: net.CIDRMask(n.cfg.Subnet.Bits(), 32)}}
-	if err := netlink.AddrReplace(link, addr); err != nil {
-		return fmt.Errorf("give bridge its address: %w", err)
-	}
-	if err := netlink.LinkSetUp(link); err != nil {
-		return fmt.Errorf("raise bridge: %w", err)
-	}
-	if err := os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0); err != nil {
-		return fmt.Errorf("enable forwarding: %w", err)
-	}
-	return nil
-}
-
-// checkSubnet refuses a range that the host uses already.
-func (n *Network) checkSubnet() error {
-	routes, err := netlink.RouteList(nil, netlink.FAMILY_V4)
-	if err != nil {
-		return fmt.Errorf("list routes: %w", err)
-	}
-	for _, r := range routes {
-		if r.Dst == nil {
-			continue
-		}
-		ip, ok := netip.AddrFromSlice(r.Dst.IP.To4())
-		ones, _ := r.Dst.Mask.Size()
-		if p := netip.PrefixFrom(ip, ones); ok && ones > 0 && p.Overlaps(n.cfg.Subnet) {
-			return &fleet.Error{Op: "open network", Subject: n.cfg.Subnet.String(), Kind: fleet.ErrConflict, Err: fmt.Errorf("the host has a route to %s", p), Hint: "choose another range with network.subnet in the configuration"}
+	for _, t := range append(n.tables(), n.guardTable()) {
+		err := n.filters.change(func(c *nftables.Conn) error { c.DelTable(t); return nil })
+		if err != nil && !unsupported(err) { // it is not there
+			errs = append(errs, fmt.Errorf("remove nftables table %s: %w", t.Name, err))
 		}
 	}
-	return nil
-}
-
-// take gives the address that has been free for longest.
-func (n *Network) take(id string) (netip.Addr, error) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	first := n.gateway.Next()
-	for a, tries := n.next, 0; tries < 1<<(32-n.cfg.Subnet.Bits()); tries++ {
-		if !n.cfg.Subnet.Contains(a.Next()) { // a is the broadcast address
-			a = first
-		}
-		if _, taken := n.used[a]; !taken {
-			n.used[a] = Lease{ID: id, Veth: id, Address: a}
-			n.next = a.Next()
-			return a, nil
-		}
-		a = a.Next()
-	}
-	return netip.Addr{}, &fleet.Error{Op: "take an address", Subject: n.cfg.Subnet.String(), Kind: fleet.ErrOverloaded, Err: errors.New("all addresses are in use"), Hint: "choose a larger network.subnet"}
-}
-
-func (n *Network) free(a netip.Addr) {
-	n.mu.Lock()
-	delete(n.used, a)
-	n.mu.Unlock()
+	return errors.Join(errs...)
 }
 
 // Attach connects the network namespace behind a descriptor. id must be unique
-// on the host and at most 15 bytes: it is the interface's name.
-func (n *Network) Attach(ctx context.Context, id string, netns int) (_ Lease, err error) {
+// on the host and at most 15 bytes: it is the interface's name. Nothing is left
+// of a connection that failed.
+func (n *Network) Attach(ctx context.Context, id string, netns int) (Lease, error) {
 	if err := ctx.Err(); err != nil {
 		return Lease{}, err
 	}
-	addr, err := n.take(id)
+	if id == "" || len(id) >= unix.IFNAMSIZ {
+		return Lease{}, &fleet.Error{Op: "connect container", Subject: id, Kind: fleet.ErrInvalid, Err: fmt.Errorf("its name must have 1 to %d bytes", unix.IFNAMSIZ-1)}
+	}
+	lease, err := n.pool.take(id)
 	if err != nil {
 		return Lease{}, err
 	}
-	defer func() {
-		if err != nil {
-			n.free(addr)
-		}
-	}()
-	lease := Lease{ID: id, Veth: id, Address: addr}
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name, attrs.MasterIndex, attrs.TxQLen = id, n.bridge, 1000
-	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: "eth0", PeerNamespace: netlink.NsFd(netns), PeerHardwareAddr: hardwareAddr(addr)}
-	if err := netlink.LinkAdd(veth); err != nil {
-		return Lease{}, fmt.Errorf("make interface %s: %w", id, err)
-	}
-	defer func() {
-		if err != nil {
-			_ = netlink.LinkDel(veth)
-		}
-	}()
-	link, err := netlink.LinkByName(id)
+	made, err := n.connect(lease, netns)
 	if err != nil {
-		return Lease{}, fmt.Errorf("find interface %s: %w", id, err)
-	}
-	if err := n.confine(link, addr); err != nil {
-		return Lease{}, fmt.Errorf("isolate interface %s: %w", id, err)
-	}
-	if err := n.guard.admit(lease); err != nil {
-		return Lease{}, err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, n.guard.dismiss(lease))
+		if made {
+			err = errors.Join(err, n.removeLinks([]Lease{lease}))
 		}
-	}()
-	if err := netlink.LinkSetUp(link); err != nil {
-		return Lease{}, fmt.Errorf("raise interface %s: %w", id, err)
-	}
-	if err := inNamespace(netns, func() error { return n.furnish(addr) }); err != nil {
-		return Lease{}, fmt.Errorf("set up namespace of %s: %w", id, err)
+		err = errors.Join(err, n.forget(lease.Address), n.guard.dismiss(lease))
+		n.pool.free(lease)
+		return Lease{}, fmt.Errorf("connect container %s: %w", id, err)
 	}
 	return lease, nil
 }
 
-// confine makes a port of the bridge that reaches the host alone, and makes
-// the host know for good who is behind it: nothing that a container sends
-// changes where another one's packets go.
-func (n *Network) confine(link netlink.Link, addr netip.Addr) error {
-	for _, set := range []func(netlink.Link, bool) error{
-		func(l netlink.Link, _ bool) error { return netlink.LinkSetIsolated(l, true) },
-		netlink.LinkSetLearning, netlink.LinkSetFlood,
-	} {
-		if err := set(link, false); err != nil {
+// connect makes a connection. The guard learns of it meanwhile; eth0 is raised
+// last, so that the first that passes meets all that keeps it in.
+func (n *Network) connect(l Lease, netns int) (made bool, err error) {
+	p := port{name: l.Veth, bridge: n.bridge, group: n.group()}
+	var admitted error
+	var guard sync.WaitGroup
+	guard.Go(func() { admitted = n.guard.admit(l) })
+	defer guard.Wait()
+	index := 0
+	err = inNamespace(netns, func() error {
+		if err := cutIPv6(); err != nil {
 			return err
 		}
+		if err := n.wire.makePort(p, netns, l.Address); err != nil {
+			return fmt.Errorf("make interface: %w", err)
+		}
+		made = true
+		if index, err = n.wire.raisePort(p, l.Address); err != nil {
+			return err
+		}
+		guard.Wait()
+		if admitted != nil {
+			return admitted
+		}
+		return n.furnish(l.Address)
+	})
+	if err != nil {
+		return made, err
 	}
-	mac := hardwareAddr(addr)
-	return errors.Join(
-		netlink.NeighSet(&netlink.Neigh{Family: unix.AF_BRIDGE, LinkIndex: link.Attrs().Index, Flags: netlink.NTF_MASTER, State: netlink.NUD_PERMANENT | netlink.NUD_NOARP, HardwareAddr: mac}),
-		netlink.NeighSet(&netlink.Neigh{Family: netlink.FAMILY_V4, LinkIndex: n.bridge, State: netlink.NUD_PERMANENT, IP: addr.AsSlice(), HardwareAddr: mac}),
-	)
+	return true, errors.Join(n.wire.settle(index), n.wire.settle(n.bridge))
 }
 
-// furnish sets up the calling thread's network namespace.
+// cutIPv6 takes IPv6 from all interfaces of the calling thread's network
+// namespace, also from those to come.
+func cutIPv6() error {
+	err := sysctl("ipv6/conf/all/disable_ipv6", "1")
+	if errors.Is(err, os.ErrNotExist) { // the kernel has none
+		return nil
+	}
+	return err
+}
+
+const loopback = 1 // the kernel gives this number to no other
+
+// furnish sets up the calling thread's network namespace. Its eth0 is there.
 func (n *Network) furnish(addr netip.Addr) error {
-	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
-	if err != nil {
-		return err
-	}
-	defer h.Close()
-	lo, err := h.LinkByName("lo")
-	if err != nil {
-		return err
-	}
-	eth, err := h.LinkByName("eth0")
-	if err != nil {
-		return err
-	}
-	for _, s := range [][2]string{
-		{"ipv6/conf/all/disable_ipv6", "1"},
-		{"ipv6/conf/default/disable_ipv6", "1"},
-		{"ipv4/ip_unprivileged_port_start", "0"},
-		{"ipv4/ping_group_range", "0 65535"},
-	} {
-		err := os.WriteFile("/proc/sys/net/"+s[0], []byte(s[1]), 0)
-		if err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.EINVAL) {
+	// Programs that are not root listen at port 80 and ping, as they are used to.
+	for _, s := range [][2]string{{"ipv4/ip_unprivileged_port_start", "0"}, {"ipv4/ping_group_range", "0 65535"}} {
+		if err := sysctl(s[0], s[1]); err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.EINVAL) { // a user namespace may lack the group
 			return err
 		}
 	}
-	for _, l := range []netlink.Link{lo, eth} {
-		if l == eth {
-			ip := &net.IPNet{IP: addr.AsSlice(), Mask: net.CIDRMask(n.cfg.Subnet.Bits(), 32)}
-			if err := h.AddrAdd(eth, &netlink.Addr{IPNet: ip}); err != nil {
-				return fmt.Errorf("give address: %w", err)
-			}
-		}
-		if err := h.LinkSetUp(l); err != nil {
-			return fmt.Errorf("raise %s: %w", l.Attrs().Name, err)
-		}
+	w, err := openWire()
+	if err != nil {
+		return err
+	}
+	defer w.close()
+	eth, err := w.index("eth0")
+	if err != nil {
+		return fmt.Errorf("find eth0: %w", err)
+	}
+	if err := w.raise(loopback); err != nil {
+		return fmt.Errorf("raise lo: %w", err)
+	}
+	if err := w.address(eth, netip.PrefixFrom(addr, n.cfg.Subnet.Bits())); err != nil {
+		return fmt.Errorf("give address: %w", err)
+	}
+	if err := w.raise(eth); err != nil {
+		return fmt.Errorf("raise eth0: %w", err)
 	}
 	// The first answer shall not wait for ARP.
-	gateway := &netlink.Neigh{Family: netlink.FAMILY_V4, LinkIndex: eth.Attrs().Index, State: netlink.NUD_PERMANENT, IP: n.gateway.AsSlice(), HardwareAddr: hardwareAddr(n.gateway)}
-	if err := h.NeighSet(gateway); err != nil {
+	if err := w.know(eth, n.gateway); err != nil {
 		return fmt.Errorf("tell of the gateway: %w", err)
 	}
-	if err := h.RouteAdd(&netlink.Route{LinkIndex: eth.Attrs().Index, Gw: n.gateway.AsSlice()}); err != nil {
+	if err := w.leave(eth, n.gateway); err != nil {
 		return fmt.Errorf("set route: %w", err)
 	}
 	return nil
 }
 
-// inNamespace runs f on a thread in another network namespace.
-func inNamespace(netns int, f func() error) error {
-	errs := make(chan error, 1)
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		// Never unlocked: the runtime ends the thread, and nobody else ever runs
-		// on one that is in the wrong namespace.
-		runtime.LockOSThread()
-		if unix.Gettid() == unix.Getpid() {
-			// A process's first thread does not end before the process does: hold
-			// it while another one serves.
-			defer runtime.UnlockOSThread()
-			errs <- inNamespace(netns, f)
-			return
-		}
-		if err := unix.Setns(netns, unix.CLONE_NEWNET); err != nil {
-			errs <- fmt.Errorf("enter network namespace: %w", err)
-			return
-		}
-		errs <- f()
-	})
-	wg.Wait()
-	return <-errs
-}
-
 // Adopt marks the address of a connection that an earlier process made.
 func (n *Network) Adopt(l Lease) error {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if owner, ok := n.used[l.Address]; ok && owner.ID != l.ID {
-		return fmt.Errorf("address %s belongs to %s already", l.Address, owner.ID)
+	if err := n.pool.adopt(l); err != nil {
+		return err
 	}
-	n.used[l.Address] = l
 	return n.guard.admit(l)
 }
 
 // Clean removes every connection on the bridge that is not in keep, and what
-// else of them an earlier process left.
-func (n *Network) Clean(_ context.Context, keep []string) ([]string, error) {
-	links, err := netlink.LinkList()
+// else of them an earlier process left. It gives their names.
+func (n *Network) Clean(ctx context.Context, keep []string) ([]string, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	n.removal.turn.Lock() // nobody leaves meanwhile
+	defer n.removal.turn.Unlock()
+	removed, err := n.ports()
 	if err != nil {
-		return nil, fmt.Errorf("list interfaces: %w", err)
+		return nil, err
 	}
-	var removed []string
-	var orphans []Lease
-	for _, l := range links {
-		name := l.Attrs().Name
-		if l.Attrs().MasterIndex == n.bridge && !slices.Contains(keep, name) {
-			removed = append(removed, name)
-			orphans = append(orphans, Lease{ID: name, Veth: name})
+	removed = slices.DeleteFunc(removed, func(name string) bool { return slices.Contains(keep, name) })
+	held := n.pool.all()
+	orphans := make([]Lease, 0, len(removed))
+	for _, name := range removed {
+		l, ok := held[name]
+		if !ok {
+			l = Lease{ID: name, Veth: name}
 		}
+		orphans = append(orphans, l)
 	}
-	if err := n.remove(orphans); err != nil {
-		return nil, errors.Join(err, n.sweep())
+	if err := errors.Join(n.remove(orphans), n.sweep()); err != nil {
+		return nil, err
 	}
-	return removed, n.sweep()
+	return removed, nil
 }
 
-// sweep forgets neighbours that have no connection any more.
+// sweep forgets neighbours and elements of the guard that have no connection
+// any more.
 func (n *Network) sweep() error {
-	n.mu.Lock()
-	defer n.mu.Unlock() // nobody comes meanwhile
-	neighbours, err := netlink.NeighList(n.bridge, netlink.FAMILY_V4)
+	neighbours, err := all(func() ([]netlink.Neigh, error) { return n.kernel.NeighList(n.bridge, netlink.FAMILY_V4) })
 	if err != nil {
 		return fmt.Errorf("list neighbours: %w", err)
 	}
+	n.pool.mu.Lock()
+	defer n.pool.mu.Unlock() // nobody comes meanwhile
 	var errs []error
 	for _, neigh := range neighbours {
 		a, ok := netip.AddrFromSlice(neigh.IP)
-		if _, used := n.used[a.Unmap()]; ok && !used && n.cfg.Subnet.Contains(a.Unmap()) {
+		if _, used := n.pool.used[a.Unmap()]; ok && !used && n.cfg.Subnet.Contains(a.Unmap()) {
 			errs = append(errs, n.forget(a.Unmap()))
 		}
 	}
-	return errors.Join(append(errs, n.guard.reset(slices.Collect(maps.Values(n.used))...))...)
-}
-
-// Remove takes the bridge and the tables off the host. Nothing may be connected
-// any more.
-func (n *Network) Remove() error {
-	c, err := nftables.New()
-	if err != nil {
-		return fmt.Errorf("open nftables: %w", err)
+	held := make([]Lease, 0, len(n.pool.used))
+	for _, l := range n.pool.used {
+		held = append(held, l)
 	}
-	for _, f := range []nftables.TableFamily{nftables.TableFamilyIPv4, nftables.TableFamilyBridge} {
-		if f == nftables.TableFamilyIPv4 || n.guard != nil {
-			c.DelTable(&nftables.Table{Family: f, Name: n.cfg.Table})
-		}
-	}
-	errs := []error{c.Flush()}
-	link, err := netlink.LinkByIndex(n.bridge)
-	if err == nil {
-		err = netlink.LinkDel(link)
-	}
-	return errors.Join(append(errs, err)...)
+	return errors.Join(append(errs, n.guard.reset(held...))...)
 }
 
 // ResolvConf is what containers find as /etc/resolv.conf.
-func (n *Network) ResolvConf() []byte { return n.resolv }
-
-func (n *Network) resolvConf() []byte {
-	found := n.cfg.DNS
-	// systemd-resolved's stub, which containers cannot reach, names its sources
-	// in another file.
-	for _, f := range []string{"/run/systemd/resolve/resolv.conf", "/etc/resolv.conf"} {
-		if len(found) > 0 {
-			break
-		}
-		if b, err := os.ReadFile(f); err == nil {
-			found = servers(string(b))
-		}
-	}
-	if len(found) == 0 {
-		n.cfg.Logger.Warn("containers have no name server: the host's are loopback addresses, which they cannot reach", "hint", "set network.dns in the configuration")
-	}
-	var b strings.Builder
-	for _, s := range found[:min(len(found), 3)] {
-		b.WriteString("nameserver " + s.String() + "\n")
-	}
-	return []byte(b.String())
-}
-
-// servers are the name servers of a resolv.conf(5) that containers can reach.
-func servers(text string) []netip.Addr {
-	var found []netip.Addr
-	for line := range strings.Lines(text) {
-		fields := strings.Fields(line)
-		if len(fields) < 2 || fields[0] != "nameserver" {
-			continue
-		}
-		if a, err := netip.ParseAddr(fields[1]); err == nil && !a.IsLoopback() && a.Is4() {
-			found = append(found, a)
-		}
-	}
-	return found
-}
+func (n *Network) ResolvConf() []byte { return resolvConf(n.servers) }

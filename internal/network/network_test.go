@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -33,11 +32,12 @@ type world struct {
 const (
 	hostAddr    = "192.0.2.1"
 	outsideAddr = "192.0.2.2"
-	metadata    = "169.254.169.254"
+	otherAddr   = "198.51.100.7" // the host has it, too
+	cloudAddr   = "169.254.169.254"
+	deniedAddr  = "203.0.113.9"
 )
 
-// newNamespace makes a network namespace and leaves the calling thread in it
-// if stay is true.
+// newNamespace makes a network namespace that only a descriptor keeps.
 func newNamespace(t testing.TB) int {
 	t.Helper()
 	fd := -1
@@ -73,7 +73,7 @@ func newWorld(t testing.TB, c Config) *world {
 	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 		t.Fatal(err)
 	}
-	w.do("up", func() error { return up("lo") })
+	w.do("up", func() error { return errors.Join(up("lo"), addAddr("lo", otherAddr+"/32")) })
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = "up0"
 	w.do("uplink", func() error {
@@ -87,7 +87,7 @@ func newWorld(t testing.TB, c Config) *world {
 			return err
 		}
 		return inNamespace(w.outside, func() error {
-			return errors.Join(up("lo"), addAddr("out0", outsideAddr+"/24"), addAddr("out0", metadata+"/32"), up("out0"))
+			return errors.Join(up("lo"), addAddr("out0", outsideAddr+"/24"), addAddr("out0", cloudAddr+"/32"), addAddr("out0", deniedAddr+"/32"), up("out0"))
 		})
 	})
 	w.do("routes", func() error {
@@ -102,6 +102,11 @@ func newWorld(t testing.TB, c Config) *world {
 	if w.net, err = Open(t.Context(), c); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() {
+		if err := w.net.Close(); err != nil {
+			t.Error(err)
+		}
+	})
 	return w
 }
 
@@ -219,13 +224,19 @@ func (w *world) ask(ns int, addr, from string) (string, error) {
 }
 
 func TestContainers_ReachTheWorldAndNothingElse(t *testing.T) {
-	w := newWorld(t, Config{})
+	w := newWorld(t, Config{Deny: []netip.Prefix{netip.MustParsePrefix("203.0.113.0/24"), netip.MustParsePrefix("fd00::/8")}})
 	a, b := w.attach(), w.attach()
-	for _, at := range []string{":7000"} {
-		w.serve(a.ns, "0.0.0.0"+at)
-		w.serve(b.ns, "0.0.0.0"+at)
-		w.serve(-1, "0.0.0.0"+at)
-		w.serve(w.outside, "0.0.0.0"+at)
+	second, err := Open(t.Context(), Config{Bridge: "fcc", Table: "fcu", Subnet: netip.MustParsePrefix("10.123.1.0/24")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = second.Close() }()
+	far := box{ns: newNamespace(t)}
+	if far.lease, err = second.Attach(t.Context(), "far", far.ns); err != nil {
+		t.Fatal(err)
+	}
+	for _, ns := range []int{a.ns, b.ns, far.ns, w.outside, -1} {
+		w.serve(ns, "0.0.0.0:7000")
 	}
 	// The host reaches the container, which sees the bridge's address.
 	if from, err := w.ask(-1, a.lease.Address.String()+":7000", ""); err != nil || from != w.net.gateway.String() {
@@ -235,12 +246,16 @@ func TestContainers_ReachTheWorldAndNothingElse(t *testing.T) {
 	if from, err := w.ask(a.ns, outsideAddr+":7000", ""); err != nil || from != hostAddr {
 		t.Errorf("container to the world: %q, %v", from, err)
 	}
-	if _, err := w.ask(a.ns, "127.0.0.1:7000", ""); err != nil {
-		t.Errorf("container to itself: %v", err)
+	for _, own := range []string{"127.0.0.1", "0.0.0.0", a.lease.Address.String()} {
+		if _, err := w.ask(a.ns, own+":7000", ""); err != nil {
+			t.Errorf("container to itself as %s: %v", own, err)
+		}
 	}
 	for what, addr := range map[string]string{
-		"a neighbour": b.lease.Address.String(), "the host by the bridge": w.net.gateway.String(), "the host by another address": hostAddr,
-		"the metadata address": metadata,
+		"a neighbour": b.lease.Address.String(), "a container of another daemon": far.lease.Address.String(),
+		"the host by the bridge": w.net.gateway.String(), "the host by another bridge": second.gateway.String(),
+		"the host by its uplink": hostAddr, "the host by its loopback": otherAddr, "all": "10.123.0.255",
+		"the metadata address": cloudAddr, "what is denied": deniedAddr,
 	} {
 		if from, err := w.ask(a.ns, addr+":7000", ""); err == nil {
 			t.Errorf("a container reaches %s, which sees %s", what, from)
@@ -249,6 +264,72 @@ func TestContainers_ReachTheWorldAndNothingElse(t *testing.T) {
 	if _, err := w.ask(w.outside, a.lease.Address.String()+":7000", ""); err == nil {
 		t.Error("the world reaches a container")
 	}
+	// A route of the container's own making does not help.
+	w.do("route around", func() error {
+		return inNamespace(a.ns, func() error {
+			return netlink.RouteAdd(&netlink.Route{LinkIndex: index(t, "eth0"), Dst: network("127.0.0.0/8"), Gw: w.net.gateway.AsSlice(), Table: unix.RT_TABLE_MAIN})
+		})
+	})
+	for _, addr := range []string{b.lease.Address.String(), w.net.gateway.String()} {
+		if _, err := w.ask(a.ns, addr+":7000", ""); err == nil {
+			t.Errorf("a container reaches %s", addr)
+		}
+	}
+}
+
+// A name server where clouds have their metadata answers questions, and no
+// others.
+func TestContainers_AskNameServersAnywhere(t *testing.T) {
+	w := newWorld(t, Config{DNS: []netip.Addr{netip.MustParseAddr(cloudAddr), netip.MustParseAddr(hostAddr), netip.MustParseAddr("::1")}})
+	if got := string(w.net.ResolvConf()); got != "nameserver "+cloudAddr+"\n" { // the host's address is not reached
+		t.Errorf("resolv.conf: %q", got)
+	}
+	a := w.attach()
+	w.serve(w.outside, cloudAddr+":53")
+	w.serve(w.outside, cloudAddr+":80")
+	if _, err := w.ask(a.ns, cloudAddr+":53", ""); err != nil {
+		t.Errorf("name server: %v", err)
+	}
+	if _, err := w.ask(a.ns, cloudAddr+":80", ""); err == nil {
+		t.Error("the metadata is reached")
+	}
+}
+
+// Another firewall that forwards nothing does not keep the host from its
+// containers.
+func TestHost_ReachesContainersBesideAnotherFirewall(t *testing.T) {
+	w := newWorld(t, Config{})
+	a := w.attach()
+	w.serve(a.ns, "0.0.0.0:7000")
+	w.nft("add table ip other; add chain ip other forward { type filter hook forward priority 0; policy drop; }; " +
+		"add chain ip other input { type filter hook input priority 0; policy drop; }; add rule ip other input ct state established accept")
+	if _, err := w.ask(-1, a.lease.Address.String()+":7000", ""); err != nil {
+		t.Error(err)
+	}
+}
+
+func (w *world) nft(rules string) {
+	w.t.Helper()
+	if out, err := exec.Command("nft", rules).CombinedOutput(); err != nil { // a child has this thread's namespace
+		w.t.Fatalf("nft: %v: %s", err, out)
+	}
+}
+
+func index(t testing.TB, name string) int {
+	t.Helper()
+	l, err := netlink.LinkByName(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l.Attrs().Index
+}
+
+func network(s string) *net.IPNet {
+	_, n, err := net.ParseCIDR(s)
+	if err != nil {
+		panic(err)
+	}
+	return n
 }
 
 // A tenant that is root in its namespace takes its neighbour's addresses for
@@ -323,11 +404,47 @@ func TestOpen_RefusesARangeInUse(t *testing.T) {
 	if _, err := Open(t.Context(), Config{Subnet: netip.MustParsePrefix("fd00::/64")}); !errors.Is(err, fleet.ErrInvalid) {
 		t.Errorf("got %v", err)
 	}
-	if err := w.net.Remove(); err != nil {
-		t.Error(err)
+	if _, err := Open(t.Context(), Config{Bridge: "up0", Table: "fcu", Subnet: netip.MustParsePrefix("10.123.9.0/24")}); !errors.Is(err, fleet.ErrConflict) {
+		t.Errorf("an uplink as bridge: %v", err)
+	}
+	if _, err := Open(t.Context(), Config{Bridge: "fcc", Table: "fcu", Subnet: netip.MustParsePrefix("198.51.100.0/24")}); !errors.Is(err, fleet.ErrConflict) {
+		t.Errorf("a range that holds an address of the host: %v", err)
+	}
+	for range 2 { // it may be repeated
+		if err := w.net.Remove(); err != nil {
+			t.Error(err)
+		}
 	}
 	if links, _ := netlink.LinkList(); len(links) != 2 { // lo, up0
 		t.Errorf("%d links are left", len(links))
+	}
+	if out, err := exec.Command("nft", "list", "ruleset").CombinedOutput(); err != nil || len(out) > 0 {
+		t.Errorf("left: %s, %v", out, err)
+	}
+}
+
+// Another range takes the place of the former, unless containers rely on it.
+func TestOpen_WithAnotherRange(t *testing.T) {
+	w := newWorld(t, Config{})
+	a := w.attach()
+	other := Config{Bridge: "fcb", Table: "fct", Subnet: netip.MustParsePrefix("10.123.8.0/24")}
+	if _, err := Open(t.Context(), other); !errors.Is(err, fleet.ErrConflict) || fleet.Hint(err) == "" {
+		t.Errorf("with a container: %v", err)
+	}
+	if err := w.net.Detach(t.Context(), a.lease); err != nil {
+		t.Fatal(err)
+	}
+	n, err := Open(t.Context(), other)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = n.Close() }()
+	if err := n.Adopt(a.lease); !errors.Is(err, fleet.ErrConflict) {
+		t.Errorf("adopt an address of the former range: %v", err)
+	}
+	addrs, err := netlink.AddrList(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Index: n.bridge}}, netlink.FAMILY_V4)
+	if err != nil || len(addrs) != 1 || addrs[0].IP.String() != "10.123.8.1" {
+		t.Errorf("addresses %v, %v", addrs, err)
 	}
 }
 
@@ -360,22 +477,89 @@ func (w *world) state() string {
 	return strings.Join(lines, "")
 }
 
+// Two hundred lives, twenty at a time: the host is as it was.
 func TestLives_LeaveNothing(t *testing.T) {
 	w := newWorld(t, Config{})
-	before := w.state()
-	for range 50 {
-		a, b := w.attach(), w.attach()
-		for _, x := range []box{a, b, a} { // it may be repeated
-			if err := w.net.Detach(t.Context(), x.lease); err != nil {
-				t.Fatal(err)
-			}
+	var ns []int
+	for range 20 {
+		ns = append(ns, newNamespace(t))
+	}
+	w.do("warm up", func() error { // sockets that are kept
+		l, err := w.net.Attach(t.Context(), "first", ns[0])
+		return errors.Join(err, w.net.Detach(t.Context(), l))
+	})
+	before, files := w.state(), descriptors(t)
+	var mu sync.Mutex
+	seen := map[netip.Addr]bool{}
+	for round := range 10 {
+		var wg sync.WaitGroup
+		for i := range ns {
+			wg.Go(func() {
+				l, err := w.net.Attach(t.Context(), fmt.Sprintf("r%di%d", round, i), ns[i])
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				mu.Lock()
+				if seen[l.Address] {
+					t.Errorf("%s is used again", l.Address)
+				}
+				seen[l.Address] = true
+				mu.Unlock()
+				for range 2 { // it may be repeated
+					if err := w.net.Detach(t.Context(), l); err != nil {
+						t.Error(err)
+					}
+				}
+			})
 		}
+		wg.Wait()
 	}
 	if after := w.state(); after != before {
 		t.Errorf("before:\n%s\nafter:\n%s", before, after)
 	}
-	if len(w.net.used) != 0 {
-		t.Errorf("addresses in use: %v", w.net.used)
+	if n := descriptors(t); n != files {
+		t.Errorf("%d descriptors, %d before", n, files)
+	}
+	if len(w.net.pool.used) != 0 {
+		t.Errorf("addresses in use: %v", w.net.pool.used)
+	}
+}
+
+func descriptors(t *testing.T) int {
+	t.Helper()
+	fds, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(fds)
+}
+
+// What fails leaves nothing, and nothing of others is harmed.
+func TestAttach_Fails(t *testing.T) {
+	w := newWorld(t, Config{})
+	a := w.attach()
+	before := w.state()
+	for what, at := range map[string]struct {
+		id string
+		ns int
+	}{
+		"connected already": {"again", a.ns}, "name in use": {a.lease.Veth, newNamespace(t)}, "no namespace": {"none", int(w.net.home.Fd()) + 1000},
+		"name too long": {"0123456789abcdef", newNamespace(t)}, "no name": {"", newNamespace(t)},
+	} {
+		if l, err := w.net.Attach(t.Context(), at.id, at.ns); err == nil {
+			t.Errorf("%s: got %+v", what, l)
+		}
+		if after := w.state(); after != before {
+			t.Errorf("%s:\n%s\nbefore:\n%s", what, after, before)
+		}
+	}
+	if len(w.net.pool.used) != 1 {
+		t.Errorf("addresses in use: %v", w.net.pool.used)
+	}
+	w.serve(a.ns, "0.0.0.0:7000")
+	if _, err := w.ask(-1, a.lease.Address.String()+":7000", ""); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -388,7 +572,8 @@ func TestAdoptAndClean(t *testing.T) {
 	w.serve(kept.ns, "0.0.0.0:7000")
 	w.serve(w.outside, "0.0.0.0:7000")
 	var err error
-	if w.net, err = Open(t.Context(), w.net.cfg); err != nil { // as after kill -9
+	w.do("end", w.net.Close)
+	if w.net, err = Open(t.Context(), Config{Bridge: "fcb", Table: "fct", Subnet: w.net.cfg.Subnet}); err != nil { // as after kill -9
 		t.Fatal(err)
 	}
 	if _, err := w.ask(kept.ns, outsideAddr+":7000", ""); err != nil {
@@ -410,6 +595,9 @@ func TestAdoptAndClean(t *testing.T) {
 	if _, err := w.ask(-1, kept.lease.Address.String()+":7000", ""); err != nil {
 		t.Errorf("after adoption: %v", err)
 	}
+	if err := w.net.Remove(); !errors.Is(err, fleet.ErrConflict) {
+		t.Errorf("remove while a container is connected: %v", err)
+	}
 	if err := w.net.Detach(t.Context(), kept.lease); err != nil {
 		t.Fatal(err)
 	}
@@ -418,57 +606,46 @@ func TestAdoptAndClean(t *testing.T) {
 	}
 }
 
-func TestServers(t *testing.T) {
-	for text, want := range map[string]string{
-		"":                                 "",
-		"nameserver 10.0.0.1\n":            "10.0.0.1",
-		"nameserver 127.0.0.53\n":          "",
-		"nameserver ::1\nnameserver fd::1": "",
-		"# nameserver 1.1.1.1\nnameserver  9.9.9.9 # x\nsearch a b\n": "9.9.9.9",
-		"nameserver\nnameserver x\noptions ndots:5":                   "",
-	} {
-		var got []string
-		for _, a := range servers(text) {
-			got = append(got, a.String())
-		}
-		if strings.Join(got, " ") != want {
-			t.Errorf("%q: got %q, want %q", text, got, want)
-		}
-	}
-}
-
-func FuzzServers(f *testing.F) {
-	f.Add("nameserver 1.2.3.4\n")
-	f.Fuzz(func(t *testing.T, text string) {
-		for _, a := range servers(text) {
-			if !a.Is4() || a.IsLoopback() {
-				t.Errorf("%q gives %v", text, a)
-			}
-		}
-	})
-}
-
 func BenchmarkAttach(b *testing.B) {
-	w := newWorld(b, Config{Logger: slog.New(slog.DiscardHandler)})
+	w := newWorld(b, Config{})
 	ns := make([]int, 0, 64)
-	for range 64 {
+	for range cap(ns) {
 		ns = append(ns, newNamespace(b))
 	}
-	var took time.Duration
-	n := 0
+	var took []time.Duration
+	leases := make([]Lease, 0, len(ns))
 	for b.Loop() {
+		if len(leases) == len(ns) {
+			b.StopTimer()
+			w.detach(leases)
+			leases = leases[:0]
+			b.StartTimer()
+		}
 		began := time.Now()
-		l, err := w.net.Attach(b.Context(), fmt.Sprintf("b%d", n), ns[n%len(ns)])
-		took += time.Since(began)
+		l, err := w.net.Attach(b.Context(), fmt.Sprintf("b%d", len(leases)), ns[len(leases)])
 		if err != nil {
 			b.Fatal(err)
 		}
-		if err := w.net.Detach(b.Context(), l); err != nil {
-			b.Fatal(err)
-		}
-		n++
+		took = append(took, time.Since(began))
+		leases = append(leases, l)
 	}
-	b.ReportMetric(float64(took.Microseconds())/float64(n), "µs/attach")
+	w.detach(leases)
+	slices.Sort(took)
+	b.ReportMetric(float64(took[len(took)/2].Microseconds()), "p50-µs")
+	b.ReportMetric(float64(took[len(took)*99/100].Microseconds()), "p99-µs")
+}
+
+// detach all together.
+func (w *world) detach(leases []Lease) {
+	var wg sync.WaitGroup
+	for _, l := range leases {
+		wg.Go(func() {
+			if err := w.net.Detach(w.t.Context(), l); err != nil {
+				w.t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
 }
 
 // Many leave at the same moment: all of them are gone, and so is every
@@ -479,7 +656,7 @@ func TestDetach_ManyTogether(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() {
-		if err := n.Remove(); err != nil {
+		if err := errors.Join(n.Remove(), n.Close()); err != nil {
 			t.Error(err)
 		}
 	}()
@@ -508,7 +685,7 @@ func TestDetach_ManyTogether(t *testing.T) {
 	}
 	wg.Wait()
 	t.Logf("%d left in %v", len(leases), time.Since(began))
-	if len(n.used) != 0 {
-		t.Errorf("addresses in use: %v", n.used)
+	if len(n.pool.used) != 0 {
+		t.Errorf("addresses in use: %v", n.pool.used)
 	}
 }

@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -73,78 +72,40 @@ func (n *Network) remove(leases []Lease) error {
 			errs = append(errs, n.forget(l.Address))
 		}
 	}
-	errs = append(errs, n.removeLinks(leases), n.dismiss(leases))
-	n.mu.Lock()
-	for _, l := range leases {
-		if n.used[l.Address].ID == l.ID {
-			delete(n.used, l.Address)
-		}
-	}
-	n.mu.Unlock()
+	errs = append(errs, n.removeLinks(leases), n.guard.dismiss(n.pool.held(leases)...))
+	n.pool.free(leases...)
 	return errors.Join(errs...)
-}
-
-// dismiss makes the guard forget containers, at once if it knows them all.
-func (n *Network) dismiss(leases []Lease) error {
-	if known := n.known(leases); len(known) > 0 {
-		return n.guard.dismiss(known...)
-	}
-	return nil
-}
-
-// known are those of the leases that hold their address.
-func (n *Network) known(leases []Lease) []Lease {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	var known []Lease
-	seen := map[string]bool{}
-	for _, l := range leases {
-		if held, ok := n.used[l.Address]; ok && held.ID == l.ID && !seen[l.ID] {
-			known = append(known, l)
-			seen[l.ID] = true
-		}
-	}
-	return known
 }
 
 // forget removes what the host knows of an address.
 func (n *Network) forget(a netip.Addr) error {
-	err := netlink.NeighDel(&netlink.Neigh{Family: netlink.FAMILY_V4, LinkIndex: n.bridge, IP: a.AsSlice()})
+	err := n.kernel.NeighDel(&netlink.Neigh{Family: netlink.FAMILY_V4, LinkIndex: n.bridge, IP: a.AsSlice()})
 	if err != nil && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("remove neighbour %s: %w", a, err)
 	}
 	return nil
 }
 
-// leaving is the group of interfaces that are about to be removed. No two
-// bridges of a host have the same.
-func (n *Network) leaving() int { return 0x0fc00000 + n.bridge }
-
 // removeLinks puts the interfaces into a group, and removes that.
 func (n *Network) removeLinks(leases []Lease) error {
 	var errs []error
 	found := 0
 	for _, l := range leases {
-		link, err := netlink.LinkByName(l.Veth)
-		if err == nil {
-			err = netlink.LinkSetGroup(link, n.leaving())
-		}
-		if _, missing := errors.AsType[netlink.LinkNotFoundError](err); missing || errors.Is(err, unix.ENODEV) {
-			continue // with its namespace
-		}
-		if err != nil {
+		switch err := n.wire.regroup(l.Veth, n.leaving()); {
+		case gone(err): // with its namespace
+		case err != nil:
 			errs = append(errs, fmt.Errorf("remove interface %s: %w", l.Veth, err))
-			continue
+		default:
+			found++
 		}
-		found++
 	}
 	if found > 0 {
-		req := nl.NewNetlinkRequest(unix.RTM_DELLINK, unix.NLM_F_ACK)
-		req.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
-		req.AddData(nl.NewRtAttr(unix.IFLA_GROUP, nl.Uint32Attr(uint32(n.leaving())))) //nolint:gosec // not negative
-		if _, err := req.Execute(unix.NETLINK_ROUTE, 0); err != nil && !errors.Is(err, unix.ENODEV) {
+		if err := n.wire.removeGroup(n.leaving()); err != nil && !gone(err) {
 			errs = append(errs, fmt.Errorf("remove interfaces: %w", err))
 		}
 	}
 	return errors.Join(errs...)
 }
+
+// gone is true for interfaces that are not there.
+func gone(err error) bool { return errors.Is(err, unix.ENODEV) }
