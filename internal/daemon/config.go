@@ -1,7 +1,6 @@
 package daemon
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -13,30 +12,34 @@ import (
 	"time"
 
 	"github.com/goccy/go-yaml"
+	"github.com/goccy/go-yaml/ast"
+	"github.com/goccy/go-yaml/parser"
 
 	"github.com/fastcontainer/fastcontainer/internal/dispatch"
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
 )
 
+//go:generate go run ./gen config.go ../../docs/configuration.md
+
 // Config is the configuration of one node: what serve reads from --config,
 // with flags laid over it. Begin with Default.
+//
+// docs/configuration.md is made from these comments: the last sentence that
+// begins with "Default" says in words what Default returns, or what that means.
 type Config struct {
-	// Node is this machine's name in the fleet, a DNS label. Default: the
-	// first label of the host name.
+	// Node is this machine's name in the fleet, a DNS label. Default: the first label of the host name.
 	Node string `yaml:"node"`
-	// Data is the directory of everything durable. Default /var/lib/fastcontainer.
+	// Data is the directory of what must be kept: apps, images, volumes, logs, events. Default /var/lib/fastcontainer.
 	Data string `yaml:"data"`
-	// Run is the directory of what a reboot may lose: the API's socket, the
-	// running instances. Default /run/fastcontainer.
+	// Run is the directory of what a reboot may lose: the management socket and what is needed to adopt instances. Default /run/fastcontainer.
 	Run string `yaml:"run"`
-	// HTTP and HTTPS are the front door's addresses, "" for none. Defaults :8080 and none.
-	HTTP  string `yaml:"http"`
+	// HTTP is the front door's address; empty for none. Default :8080.
+	HTTP string `yaml:"http"`
+	// HTTPS is its address for TLS, which needs tls.certificates. Default: none.
 	HTTPS string `yaml:"https"`
-	// Metrics is the address of a Prometheus listener, "" for none; the run
-	// socket always has /metrics. Default none.
+	// Metrics is the address of a listener for Prometheus; the management socket always has /metrics. Default: none.
 	Metrics string `yaml:"metrics"`
-	// ServerTiming adds the stages of a start to the responses that waited for
-	// it. Default false: the stages are in the ready event anyway.
+	// ServerTiming: tell clients the stages of a start that they waited for, in a Server-Timing header; the ready event has them anyway. Default false.
 	ServerTiming bool `yaml:"server_timing"`
 
 	Log     LogConfig     `yaml:"log"`
@@ -49,91 +52,98 @@ type Config struct {
 	Holds   HoldsConfig   `yaml:"holds"`
 }
 
-// LogConfig says what the daemon logs about itself, on standard error.
+// LogConfig is what the daemon says about itself, on standard error.
 type LogConfig struct {
-	// Level: debug, info, warn or error. Default info.
+	// Level is one of debug, info, warn and error. Default info.
 	Level string `yaml:"level"`
-	// Format: text or json. Default text.
+	// Format is text or json. Default text.
 	Format string `yaml:"format"`
-	// Access is the share of requests that are logged, 0 to 1. Default 0.
+	// Access is the share of the requests that are logged, 0 to 1. Default 0.
 	Access float64 `yaml:"access"`
 }
 
-// TLSConfig holds the certificates of the HTTPS listener.
+// TLSConfig is what the HTTPS listener shows to clients.
 type TLSConfig struct {
+	// Certificates are chosen by the name that a client asks for; the first one is for all other names. Default: none.
 	Certificates []Certificate `yaml:"certificates"`
 }
 
 // Certificate is a pair of PEM files, read again when they change.
 type Certificate struct {
+	// Cert is the file of the certificate, with its chain. Required.
 	Cert string `yaml:"cert"`
-	Key  string `yaml:"key"`
+	// Key is the file of its private key. Required.
+	Key string `yaml:"key"`
 }
 
 // DoorConfig bounds what clients may do.
 type DoorConfig struct {
-	// TrustedProxies are the prefixes of proxies whose X-Forwarded-* and
-	// Forwarded are believed. Default none.
+	// TrustedProxies are the prefixes of proxies whose X-Forwarded-*, Forwarded and X-Request-Id are kept; max_conns_per_ip is not for them. Default: none.
 	TrustedProxies []string `yaml:"trusted_proxies"`
-	// MaxBody of a request. 0: no bound. Default 1Gi.
+	// MaxBody is the largest body of a request; 0 for no bound. Default 1Gi.
 	MaxBody fleet.Bytes `yaml:"max_body"`
-	// MaxConns and MaxConnsPerIP bound client connections. Defaults 20000 and 1024.
-	MaxConns      int `yaml:"max_conns"`
+	// MaxConns is the most connections of all clients together. Default 20000.
+	MaxConns int `yaml:"max_conns"`
+	// MaxConnsPerIP is the most of one IPv4 address or one IPv6 /64. Default 1024.
 	MaxConnsPerIP int `yaml:"max_conns_per_ip"`
-	// ResponseTimeout: longest silence of an instance that owes an answer. Default 5m.
+	// ResponseTimeout is the longest silence of an instance that owes an answer. Default 5m.
 	ResponseTimeout fleet.Duration `yaml:"response_timeout"`
 }
 
-// EtcdConfig says where apps and revisions are kept.
+// EtcdConfig is where apps and revisions are kept.
 type EtcdConfig struct {
-	// Endpoints of an existing cluster. Default none: etcd runs inside the
-	// daemon, on a unix socket in the data directory.
+	// Endpoints are the URLs of an existing cluster. Default: none, etcd runs inside the daemon.
 	Endpoints []string `yaml:"endpoints"`
-	// CA, Cert and Key for TLS to the cluster; User and PasswordFile for its
-	// authentication.
-	CA           string `yaml:"ca"`
-	Cert         string `yaml:"cert"`
-	Key          string `yaml:"key"`
-	User         string `yaml:"user"`
+	// CA is the PEM file of who signed the cluster's certificates. Default: none.
+	CA string `yaml:"ca"`
+	// Cert is the PEM file of the daemon's own certificate for it. Default: none.
+	Cert string `yaml:"cert"`
+	// Key is the file of that one's private key. Default: none.
+	Key string `yaml:"key"`
+	// User is who the daemon is in the cluster's authentication. Default: none.
+	User string `yaml:"user"`
+	// PasswordFile is a file with that user's password. Default: none.
 	PasswordFile string `yaml:"password_file"`
 }
 
-// NetworkConfig says how containers are connected.
+// NetworkConfig is how containers are connected. Two daemons on one machine
+// need two bridges, subnets, cgroups and ranges of user ids.
 type NetworkConfig struct {
-	// Bridge is the interface's name. Default fc0.
+	// Bridge is the name of the interface, at most 15 characters. Default fc0.
 	Bridge string `yaml:"bridge"`
-	// Subnet of the containers' addresses. Default 10.89.0.0/16.
+	// Subnet is the IPv4 prefix of the containers' addresses, /8 to /28. Default 10.89.0.0/16.
 	Subnet string `yaml:"subnet"`
-	// DNS servers given to containers. Default: the host's.
+	// DNS are the servers given to containers. Default: the host's.
 	DNS []string `yaml:"dns"`
 }
 
-// SandboxConfig says how containers are kept on this host.
+// SandboxConfig is how containers are kept on this machine.
 type SandboxConfig struct {
-	// Cgroup is the path of the parent group. Default /fastcontainer.
+	// Cgroup is the path of the group above theirs. Default /fastcontainer.
 	Cgroup string `yaml:"cgroup"`
-	// UIDBase and UIDCount: container i has the host ids from
-	// UIDBase+65536*i. Defaults 536870912 and 16384.
-	UIDBase  uint32 `yaml:"uid_base"`
+	// UIDBase is the first user id on the host that containers may have: container i has 65536 of them from uid_base + 65536 i. Default 536870912.
+	UIDBase uint32 `yaml:"uid_base"`
+	// UIDCount is how many such ranges there are. Default 16384.
 	UIDCount uint32 `yaml:"uid_count"`
-	// Pool is the least number of sandboxes prepared ahead. Default 4.
+	// Pool is the least number of sandboxes prepared ahead, 1 to 64. Default 4.
 	Pool int `yaml:"pool"`
 }
 
-// ImagesConfig says how images are kept.
+// ImagesConfig is how images are kept.
 type ImagesConfig struct {
-	// Refresh: how often a tag is looked up again. "0": never. Default 5m.
+	// Refresh is how often a tag is looked up again; 0 for never. Default 5m.
 	Refresh fleet.Duration `yaml:"refresh"`
-	// MaxSize of one image, unpacked. Default 20Gi.
+	// MaxSize is the most that one image may take, unpacked. Default 20Gi.
 	MaxSize fleet.Bytes `yaml:"max_size"`
 }
 
 // HoldsConfig bounds how requests wait for an instance.
 type HoldsConfig struct {
-	// PerApp and Total bound their number. Defaults 1000 and 10000.
+	// PerApp is the most that wait for one app. Default 1000.
 	PerApp int `yaml:"per_app"`
-	Total  int `yaml:"total"`
-	// Timeout of one. Default 30s.
+	// Total is the most that wait for any. Default 10000.
+	Total int `yaml:"total"`
+	// Timeout is the longest wait. Default 30s.
 	Timeout fleet.Duration `yaml:"timeout"`
 }
 
@@ -162,27 +172,43 @@ func Default() Config {
 // maxConfig bounds the size of a configuration file.
 const maxConfig = 1 << 20
 
-// Load reads a configuration file over the defaults. Unknown keys are refused
-// with their place.
+// Load reads a configuration file over the defaults: what it does not say
+// stays as Default has it. Unknown keys are refused with their place.
 func Load(name string) (Config, error) {
 	c := Default()
+	refuse := func(err error) (Config, error) {
+		return Config{}, &fleet.Error{Op: "read configuration", Subject: name, Kind: fleet.ErrInvalid, Err: err, Hint: "docs/configuration.md lists every key"}
+	}
 	f, err := os.Open(name) //nolint:gosec // the operator names it
 	if err != nil {
-		return c, &fleet.Error{Op: "read configuration", Subject: name, Kind: fleet.ErrInvalid, Err: err}
+		return refuse(err)
 	}
 	defer func() { _ = f.Close() }()
 	b, err := io.ReadAll(io.LimitReader(f, maxConfig+1))
-	if err == nil && len(b) > maxConfig {
-		err = fmt.Errorf("it is larger than %s", fleet.Bytes(maxConfig))
-	}
-	if err == nil {
-		err = yaml.NewDecoder(bytes.NewReader(b), yaml.DisallowUnknownField()).Decode(&c)
-		if errors.Is(err, io.EOF) { // an empty file
-			err = nil
-		}
-	}
 	if err != nil {
-		return c, &fleet.Error{Op: "read configuration", Subject: name, Kind: fleet.ErrInvalid, Err: err, Hint: "docs/configuration.md lists every key"}
+		return refuse(err)
+	}
+	if len(b) > maxConfig {
+		return refuse(fmt.Errorf("it is larger than %s", fleet.Bytes(maxConfig)))
+	}
+	file, err := parser.ParseBytes(b, 0)
+	if err != nil {
+		return refuse(err)
+	}
+	// Comments alone are no document, or one that is null: it must not null the
+	// defaults. A second document would be read by nobody.
+	if len(file.Docs) > 1 {
+		return refuse(errors.New("it has several documents: write one, without ---"))
+	}
+	if len(file.Docs) == 0 || file.Docs[0].Body == nil {
+		return c, nil
+	}
+	switch file.Docs[0].Body.Type() {
+	case ast.NullType, ast.CommentType:
+		return c, nil
+	}
+	if err := yaml.NodeToValue(file.Docs[0].Body, &c, yaml.DisallowUnknownField()); err != nil {
+		return refuse(err)
 	}
 	return c, nil
 }
@@ -218,6 +244,14 @@ func (c *Config) Validate() error {
 	if n := len(c.Network.Bridge); n == 0 || n > 15 || strings.ContainsAny(c.Network.Bridge, "/ \t\n") {
 		bad("network.bridge", "%q is not an interface name of 1 to 15 characters", c.Network.Bridge)
 	}
+	for _, pair := range []struct{ key, value, other, needs string }{
+		{"etcd.cert", c.Etcd.Cert, "etcd.key", c.Etcd.Key}, {"etcd.key", c.Etcd.Key, "etcd.cert", c.Etcd.Cert},
+		{"etcd.user", c.Etcd.User, "etcd.password_file", c.Etcd.PasswordFile}, {"etcd.password_file", c.Etcd.PasswordFile, "etcd.user", c.Etcd.User},
+	} {
+		if pair.value != "" && pair.needs == "" {
+			bad(pair.key, "it needs %s", pair.other)
+		}
+	}
 	for _, s := range c.Network.DNS {
 		if _, err := netip.ParseAddr(s); err != nil {
 			bad("network.dns", "%v", err)
@@ -242,14 +276,24 @@ func (c *Config) Validate() error {
 	if c.Holds.Timeout <= 0 {
 		bad("holds.timeout", "it must be more than 0")
 	}
+	if c.Door.ResponseTimeout <= 0 {
+		bad("door.response_timeout", "it must be more than 0")
+	}
 	if c.Log.Access < 0 || c.Log.Access > 1 {
 		bad("log.access", "%g is not between 0 and 1", c.Log.Access)
 	}
 	if !strings.HasPrefix(c.Sandbox.Cgroup, "/") || strings.Contains(c.Sandbox.Cgroup, "..") || c.Sandbox.Cgroup == "/" {
 		bad("sandbox.cgroup", "%q is not a path such as /fastcontainer", c.Sandbox.Cgroup)
 	}
-	if uint64(c.Sandbox.UIDBase)+uint64(c.Sandbox.UIDCount)*65536 > 1<<32 || c.Sandbox.UIDCount < 1 || c.Sandbox.UIDBase < 65536 {
-		bad("sandbox.uid_base", "uid_base %d and uid_count %d: 65536 to 4294967295 must hold them all", c.Sandbox.UIDBase, c.Sandbox.UIDCount)
+	// The last id of all means "none" to the kernel.
+	base, end := uint64(c.Sandbox.UIDBase), uint64(c.Sandbox.UIDBase)+uint64(c.Sandbox.UIDCount)<<16
+	if base < 1<<16 || c.Sandbox.UIDCount < 1 || end >= 1<<32 {
+		bad("sandbox.uid_base", "uid_base %d and uid_count %d: 65536 to 4294967294 must hold them all", c.Sandbox.UIDBase, c.Sandbox.UIDCount)
+	} else if base < ociEnd && end > ociUIDs {
+		bad("sandbox.uid_base", "uid_base %d and uid_count %d: %d to %d are those of crun, runc and runsc", c.Sandbox.UIDBase, c.Sandbox.UIDCount, int64(ociUIDs), int64(ociEnd-1))
+	}
+	if c.Sandbox.Pool < 1 || c.Sandbox.Pool > 64 {
+		bad("sandbox.pool", "%d is not between 1 and 64", c.Sandbox.Pool)
 	}
 	switch c.Log.Level {
 	case "debug", "info", "warn", "error":
@@ -264,6 +308,9 @@ func (c *Config) Validate() error {
 	}
 	return &fleet.Error{Op: "check configuration", Kind: fleet.ErrInvalid, Err: errors.Join(errs...), Hint: "docs/configuration.md lists every key"}
 }
+
+// ociEnd is the first user id after those of the OCI runtimes.
+const ociEnd = ociUIDs + 3*ociUIDCount<<16
 
 // cpus of this machine, as the fleet is told.
 func cpus() float64 { return float64(runtime.NumCPU()) }

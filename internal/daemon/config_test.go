@@ -2,130 +2,192 @@ package daemon
 
 import (
 	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
-
-	"github.com/goccy/go-yaml"
+	"time"
 
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
 )
 
-// The file in docs/configuration.md is the defaults, every key of them.
-func TestDocument_IsTheDefaults(t *testing.T) {
-	b, err := os.ReadFile("../../docs/configuration.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, rest, _ := strings.Cut(string(b), "```yaml\n")
-	text, _, ok := strings.Cut(rest, "```\n")
-	if !ok {
-		t.Fatal("there is no example")
-	}
-	want := Default()
-	text = strings.Replace(text, "node: HOSTNAME", "node: "+want.Node, 1)
+func write(t *testing.T, text string) string {
+	t.Helper()
 	file := filepath.Join(t.TempDir(), "config.yaml")
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	got, err := Load(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	// Empty lists and none are the same.
-	a, _ := yaml.Marshal(got)
-	d, _ := yaml.Marshal(want)
-	norm := func(b []byte) string { return strings.ReplaceAll(string(b), "null", "[]") }
-	if norm(a) != norm(d) {
-		t.Errorf("the document says\n%s\nthe code says\n%s", a, d)
-	}
-	for _, key := range keys(reflect.TypeFor[Config]()) {
-		if !strings.Contains(text, key+":") {
-			t.Errorf("the document does not know %s", key)
-		}
-	}
+	return file
 }
 
-func keys(t reflect.Type) []string {
-	var all []string
-	for f := range t.Fields() {
-		name := f.Tag.Get("yaml")
-		all = append(all, name)
-		if f.Type.Kind() == reflect.Struct {
-			all = append(all, keys(f.Type)...)
+func TestLoad_LaysTheFileOverTheDefaults(t *testing.T) {
+	with := func(change func(*Config)) Config {
+		c := Default()
+		change(&c)
+		return c
+	}
+	for name, tt := range map[string]struct {
+		text string
+		want Config
+	}{
+		"empty":         {"", Default()},
+		"only comments": {"# nothing yet\n", Default()},
+		"null":          {"---\n~\n", Default()},
+		"no keys":       {"{}", Default()},
+		"an empty part": {"log:\n", Default()},
+		"one key":       {"http: 127.0.0.1:80\n", with(func(c *Config) { c.HTTP = "127.0.0.1:80" })},
+		"a part's keys": {"holds: {total: 7, timeout: 1m30s}\n", with(func(c *Config) {
+			c.Holds.Total, c.Holds.Timeout = 7, fleet.Duration(90*time.Second)
+		})},
+		"bytes and lists": {"door:\n  max_body: 64Mi\n  trusted_proxies: [10.0.0.0/8]\n", with(func(c *Config) {
+			c.Door.MaxBody, c.Door.TrustedProxies = 64<<20, []string{"10.0.0.0/8"}
+		})},
+	} {
+		got, err := Load(write(t, tt.text))
+		if err != nil || !reflect.DeepEqual(got, tt.want) {
+			t.Errorf("%s: got %+v, %v", name, got, err)
 		}
 	}
-	return all
 }
 
 func TestLoad_Refuses(t *testing.T) {
-	for text, want := range map[string]string{
-		"nodes: x":                             "nodes",
-		"log: {levle: debug}":                  "levle",
-		"holds: {timeout: 5 minutes}":          "minutes",
-		"http: [":                              "",
-		"x: " + strings.Repeat("y", maxConfig): "larger",
+	for name, tt := range map[string]struct{ text, want string }{
+		"an unknown key":           {"node: web-1\nnodes: x\n", `[2:1] unknown field "nodes"`},
+		"an unknown key of a part": {"log:\n  level: info\n  levels: debug\n", `[3:3] unknown field "levels"`},
+		"a key twice":              {"node: a\nnode: b\n", `[2:1] mapping key "node" already defined`},
+		"text for a number":        {"holds:\n  per_app: many\n", "[2:12] "},
+		"a list for text":          {"http: [a]\n", "[1:7] "},
+		"text for true or false":   {"server_timing: often\n", "[1:16] "},
+		"a negative number of ids": {"sandbox: {uid_base: -1}\n", "[1:21] "},
+		"a duration without unit":  {"holds: {timeout: 5}\n", `"5" is not a duration`},
+		"negative bytes":           {"door: {max_body: -1}\n", `"-1" is negative`},
+		"no mapping":               {"- a\n", "[1:1] "},
+		"no YAML":                  {"http: [\n", "[1:7] "},
+		"two documents":            {"node: a\n---\nnode: b\n", "several documents"},
+		"too large":                {"# " + strings.Repeat("y", maxConfig), "larger than 1Mi"},
 	} {
-		file := filepath.Join(t.TempDir(), "c.yaml")
-		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
+		file := write(t, tt.text)
+		_, err := Load(file)
+		if !errors.Is(err, fleet.ErrInvalid) || fleet.Hint(err) == "" {
+			t.Errorf("%s: got %v, hint %q", name, err, fleet.Hint(err))
+			continue
 		}
-		if _, err := Load(file); !errors.Is(err, fleet.ErrInvalid) || !strings.Contains(err.Error(), want) || fleet.Hint(err) == "" {
-			t.Errorf("%.30q: %v", text, err)
+		if got := err.Error(); !strings.Contains(got, tt.want) || !strings.Contains(got, file) {
+			t.Errorf("%s: got %s\nwant %s", name, got, tt.want)
 		}
 	}
-	if _, err := Load("/no/such/file"); !errors.Is(err, fleet.ErrInvalid) {
-		t.Errorf("got %v", err)
-	}
-	empty := filepath.Join(t.TempDir(), "empty")
-	if err := os.WriteFile(empty, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := Load(empty); err != nil {
-		t.Errorf("an empty file: %v", err)
+	if _, err := Load(filepath.Join(t.TempDir(), "none")); !errors.Is(err, fleet.ErrInvalid) || !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("no file: %v", err)
 	}
 }
 
+// Every rule alone says its sentence, and all together say theirs in one order.
 func TestValidate(t *testing.T) {
 	if c := Default(); c.Validate() != nil {
 		t.Errorf("the defaults: %v", c.Validate())
 	}
+	// In the order in which they are told.
+	rules := []struct {
+		want   string
+		change func(*Config)
+	}{
+		{"node: ", func(c *Config) { c.Node = "No Label" }},
+		{`data: "relative" is not an absolute path`, func(c *Config) { c.Data = "relative" }},
+		{`run: "" is not an absolute path`, func(c *Config) { c.Run = "" }},
+		{"tls.certificates: https needs at least one certificate", func(c *Config) { c.HTTPS = ":443" }},
+		{`network.subnet: "10.0.0.0/30" is not`, func(c *Config) { c.Network.Subnet = "10.0.0.0/30" }},
+		{`network.bridge: "much-too-long-a-name" is not`, func(c *Config) { c.Network.Bridge = "much-too-long-a-name" }},
+		{"etcd.cert: it needs etcd.key", func(c *Config) { c.Etcd.Cert = "/cert" }},
+		{"etcd.user: it needs etcd.password_file", func(c *Config) { c.Etcd.User = "me" }},
+		{"network.dns: ", func(c *Config) { c.Network.DNS = []string{"dns.example"} }},
+		{"door.trusted_proxies: ", func(c *Config) { c.Door.TrustedProxies = []string{"10.0.0.1"} }},
+		{"door.max_conns: 0: at least 1 is needed", func(c *Config) { c.Door.MaxConns = 0 }},
+		{"door.max_conns_per_ip: -1: at least 1 is needed", func(c *Config) { c.Door.MaxConnsPerIP = -1 }},
+		{"holds.per_app: 0: at least 1 is needed", func(c *Config) { c.Holds.PerApp = 0 }},
+		{"holds.total: 0: at least 1 is needed", func(c *Config) { c.Holds.Total = 0 }},
+		{"holds.timeout: it must be more than 0", func(c *Config) { c.Holds.Timeout = 0 }},
+		{"door.response_timeout: it must be more than 0", func(c *Config) { c.Door.ResponseTimeout = 0 }},
+		{"log.access: 2 is not between 0 and 1", func(c *Config) { c.Log.Access = 2 }},
+		{`sandbox.cgroup: "/" is not`, func(c *Config) { c.Sandbox.Cgroup = "/" }},
+		{"sandbox.uid_base: uid_base 0 and uid_count 16384: 65536 to 4294967294", func(c *Config) { c.Sandbox.UIDBase = 0 }},
+		{"sandbox.pool: 0 is not between 1 and 64", func(c *Config) { c.Sandbox.Pool = 0 }},
+		{`log.level: "loud": use`, func(c *Config) { c.Log.Level = "loud" }},
+		{`log.format: "xml": use`, func(c *Config) { c.Log.Format = "xml" }},
+	}
 	all := Default()
-	for want, change := range map[string]func(*Config){
-		"node:":                   func(c *Config) { c.Node = "No Label" },
-		"data:":                   func(c *Config) { c.Data = "relative" },
-		"run:":                    func(c *Config) { c.Run = "" },
-		"tls.certificates: https": func(c *Config) { c.HTTPS = ":443" },
-		"network.subnet:":         func(c *Config) { c.Network.Subnet = "fd00::/8" },
-		"network.bridge:":         func(c *Config) { c.Network.Bridge = "much-too-long-a-name" },
-		"network.dns:":            func(c *Config) { c.Network.DNS = []string{"dns.example"} },
-		"door.trusted_proxies:":   func(c *Config) { c.Door.TrustedProxies = []string{"10.0.0.1"} },
-		"door.max_conns:":         func(c *Config) { c.Door.MaxConns = 0 },
-		"holds.per_app:":          func(c *Config) { c.Holds.PerApp = 0 },
-		"holds.timeout:":          func(c *Config) { c.Holds.Timeout = 0 },
-		"log.access:":             func(c *Config) { c.Log.Access = 2 },
-		"log.level:":              func(c *Config) { c.Log.Level = "loud" },
-		"log.format:":             func(c *Config) { c.Log.Format = "xml" },
-		"sandbox.cgroup:":         func(c *Config) { c.Sandbox.Cgroup = "/" },
-		"sandbox.uid_base:":       func(c *Config) { c.Sandbox.UIDBase = 0 },
+	for _, r := range rules {
+		c := Default()
+		r.change(&c)
+		err := c.Validate()
+		if !errors.Is(err, fleet.ErrInvalid) || fleet.Hint(err) == "" || !strings.HasPrefix(err.Error(), "check configuration: "+r.want) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("got %v\nwant %s", err, r.want)
+		}
+		r.change(&all)
+	}
+	err := all.Validate()
+	if err == nil {
+		t.Fatal("all of them at once are accepted")
+	}
+	told := strings.Split(strings.TrimPrefix(err.Error(), "check configuration: "), "\n")
+	if len(told) != len(rules) {
+		t.Fatalf("%d problems are told, want %d:\n%v", len(told), len(rules), err)
+	}
+	for i, r := range rules {
+		if !strings.HasPrefix(told[i], r.want) {
+			t.Errorf("problem %d is %q, want %q", i, told[i], r.want)
+		}
+	}
+}
+
+// The borders of the rules, and the rules that exclude one another.
+func TestValidate_Borders(t *testing.T) {
+	ids := func(base, count uint32) func(*Config) {
+		return func(c *Config) { c.Sandbox.UIDBase, c.Sandbox.UIDCount = base, count }
+	}
+	for name, tt := range map[string]struct {
+		change func(*Config)
+		want   string // "": it is accepted
+	}{
+		"no door":                  {func(c *Config) { c.HTTP = "" }, "http: neither"},
+		"half a certificate":       {func(c *Config) { c.TLS.Certificates = []Certificate{{Cert: "/c"}} }, "tls.certificates[0]: both"},
+		"HTTPS alone":              {func(c *Config) { c.HTTP, c.HTTPS, c.TLS.Certificates = "", ":443", []Certificate{{"/c", "/k"}} }, ""},
+		"an IPv6 subnet":           {func(c *Config) { c.Network.Subnet = "fd00::/16" }, "network.subnet:"},
+		"a large subnet":           {func(c *Config) { c.Network.Subnet = "10.0.0.0/7" }, "network.subnet:"},
+		"no subnet":                {func(c *Config) { c.Network.Subnet = "" }, "network.subnet:"},
+		"the largest subnet":       {func(c *Config) { c.Network.Subnet = "10.0.0.0/8" }, ""},
+		"the smallest subnet":      {func(c *Config) { c.Network.Subnet = "10.0.0.0/28" }, ""},
+		"no bridge":                {func(c *Config) { c.Network.Bridge = "" }, "network.bridge:"},
+		"a bridge with a slash":    {func(c *Config) { c.Network.Bridge = "a/b" }, "network.bridge:"},
+		"fifteen characters":       {func(c *Config) { c.Network.Bridge = "abcdefghijklmno" }, ""},
+		"an IPv6 server":           {func(c *Config) { c.Network.DNS = []string{"2620:fe::fe"} }, ""},
+		"a key alone":              {func(c *Config) { c.Etcd.Key = "/k" }, "etcd.key: it needs etcd.cert"},
+		"a password alone":         {func(c *Config) { c.Etcd.PasswordFile = "/p" }, "etcd.password_file: it needs etcd.user"},
+		"no bound of bodies":       {func(c *Config) { c.Door.MaxBody = 0 }, ""},
+		"a negative share":         {func(c *Config) { c.Log.Access = -0.1 }, "log.access:"},
+		"every request":            {func(c *Config) { c.Log.Access = 1 }, ""},
+		"a relative group":         {func(c *Config) { c.Sandbox.Cgroup = "apps" }, "sandbox.cgroup:"},
+		"a group above":            {func(c *Config) { c.Sandbox.Cgroup = "/a/../b" }, "sandbox.cgroup:"},
+		"a group below":            {func(c *Config) { c.Sandbox.Cgroup = "/a/b" }, ""},
+		"no ids":                   {ids(1<<20, 0), "sandbox.uid_base:"},
+		"ids of the host":          {ids(65535, 1), "sandbox.uid_base:"},
+		"the first ids":            {ids(65536, 1), ""},
+		"ids below the OCI ones":   {ids(ociUIDs-65536, 1), ""},
+		"ids among the OCI ones":   {ids(ociUIDs-65536, 2), "sandbox.uid_base:"},
+		"ids within the OCI ones":  {ids(ociEnd-65536, 1), "sandbox.uid_base:"},
+		"ids above the OCI ones":   {ids(ociEnd, 1), ""},
+		"ids up to the last":       {ids(1<<32-2*65536, 1), ""},
+		"the id that means none":   {ids(1<<32-65536, 1), "sandbox.uid_base:"},
+		"ids beyond the last":      {ids(1<<32-65536, 2), "sandbox.uid_base:"},
+		"the largest pool":         {func(c *Config) { c.Sandbox.Pool = 64 }, ""},
+		"more than the pool takes": {func(c *Config) { c.Sandbox.Pool = 65 }, "sandbox.pool:"},
 	} {
 		c := Default()
-		change(&c)
-		if err := c.Validate(); !errors.Is(err, fleet.ErrInvalid) || !strings.Contains(err.Error(), want) {
-			t.Errorf("%s: %v", want, err)
-		}
-		change(&all)
-	}
-	// All at once, and always in the same order.
-	first := all.Validate().Error()
-	if n := strings.Count(first, "\n") + 1; n < 16 {
-		t.Errorf("%d problems are told: %s", n, first)
-	}
-	for range 20 {
-		if again := all.Validate().Error(); again != first {
-			t.Fatalf("the order changes:\n%s\n%s", first, again)
+		tt.change(&c)
+		err := c.Validate()
+		if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
+			t.Errorf("%s: got %v, want %q", name, err, tt.want)
 		}
 	}
 }
