@@ -1,6 +1,7 @@
 package network
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -21,12 +22,13 @@ import (
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
 )
 
-// world is a host of its own: a network namespace, in which the test's thread
-// runs, and beyond it, through an uplink, the rest of the world.
+// world is a host of its own: a network namespace and beyond it, through an
+// uplink, the rest of the world, another one. Whatever a test does there, it
+// does with in: the namespace that its goroutine is in is the machine's own.
 type world struct {
-	t       testing.TB
-	outside int // network namespace
-	net     *Network
+	t             testing.TB
+	host, outside int // network namespaces
+	net           *Network
 }
 
 const (
@@ -68,38 +70,27 @@ func onThread(f func() error) error {
 
 func newWorld(t testing.TB, c Config) *world {
 	t.Helper()
-	w := &world{t: t, outside: newNamespace(t)}
-	runtime.LockOSThread() // for good: the thread ends with the test
-	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-		t.Fatal(err)
-	}
-	w.do("up", func() error { return errors.Join(up("lo"), addAddr("lo", otherAddr+"/32")) })
+	w := &world{t: t, host: newNamespace(t), outside: newNamespace(t)}
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = "up0"
-	w.do("uplink", func() error {
-		if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "out0", PeerNamespace: netlink.NsFd(w.outside)}); err != nil {
-			return err
-		}
-		if err := addAddr("up0", hostAddr+"/24"); err != nil {
-			return err
-		}
-		if err := up("up0"); err != nil {
-			return err
-		}
-		return inNamespace(w.outside, func() error {
-			return errors.Join(up("lo"), addAddr("out0", outsideAddr+"/24"), addAddr("out0", cloudAddr+"/32"), addAddr("out0", deniedAddr+"/32"), up("out0"))
-		})
+	w.in(w.host, func() error {
+		return errors.Join(up("lo"), addAddr("lo", otherAddr+"/32"),
+			netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "out0", PeerNamespace: netlink.NsFd(w.outside)}),
+			addAddr("up0", hostAddr+"/24"), up("up0"))
 	})
-	w.do("routes", func() error {
+	w.in(w.outside, func() error {
+		return errors.Join(up("lo"), addAddr("out0", outsideAddr+"/24"), addAddr("out0", cloudAddr+"/32"), addAddr("out0", deniedAddr+"/32"), up("out0"))
+	})
+	w.in(w.host, func() error {
 		_, all, _ := net.ParseCIDR("0.0.0.0/0")
 		return netlink.RouteAdd(&netlink.Route{Dst: all, Gw: net.ParseIP(outsideAddr)})
 	})
-	var err error
 	c.Bridge, c.Table = "fcb", "fct"
 	if !c.Subnet.IsValid() {
 		c.Subnet = netip.MustParsePrefix("10.123.0.0/24")
 	}
-	if w.net, err = Open(t.Context(), c); err != nil {
+	var err error
+	if w.net, err = w.open(c); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -108,6 +99,49 @@ func newWorld(t testing.TB, c Config) *world {
 		}
 	})
 	return w
+}
+
+// open is a daemon on the world's host.
+func (w *world) open(c Config) (n *Network, err error) {
+	err = inNamespace(w.host, func() (err error) {
+		n, err = Open(context.Background(), c)
+		return err
+	})
+	return n, err
+}
+
+// reopen is a new process, as after kill -9.
+func (w *world) reopen(adopt ...box) {
+	w.t.Helper()
+	w.do("end", w.net.Close)
+	var err error
+	if w.net, err = w.open(Config{Bridge: "fcb", Table: "fct", Subnet: w.net.cfg.Subnet}); err != nil {
+		w.t.Fatal(err)
+	}
+	for _, b := range adopt {
+		w.do("adopt", func() error { return w.net.Adopt(b.lease) })
+	}
+}
+
+// in does something in a namespace, which must succeed. f must not end the test.
+func (w *world) in(ns int, f func() error) {
+	w.t.Helper()
+	if err := inNamespace(ns, f); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// nft is the host's.
+func (w *world) nft(args ...string) string {
+	w.t.Helper()
+	var out []byte
+	w.in(w.host, func() (err error) {
+		if out, err = exec.Command("nft", args...).CombinedOutput(); err != nil { // a child has its parent thread's namespace
+			return fmt.Errorf("nft %q: %w: %s", args, err, out)
+		}
+		return nil
+	})
+	return string(out)
 }
 
 func (w *world) do(what string, f func() error) {
@@ -156,11 +190,10 @@ func (w *world) attach() box {
 	return b
 }
 
-// serve answers each connection with the address that it came from. ns is the
-// namespace, -1 this thread's.
+// serve answers each connection with the address that it came from.
 func (w *world) serve(ns int, addr string) {
 	w.t.Helper()
-	listen := func() error {
+	w.in(ns, func() error {
 		l, err := net.Listen("tcp4", addr)
 		if err != nil {
 			return err
@@ -177,26 +210,19 @@ func (w *world) serve(ns int, addr string) {
 			}
 		}()
 		return nil
-	}
-	if ns < 0 {
-		w.do("listen", listen)
-		return
-	}
-	w.do("listen", func() error { return inNamespace(ns, listen) })
+	})
 }
 
-// ask connects from a namespace (-1: this thread's) and reads what the server
-// says. from, if not empty, is the address to come from.
-func (w *world) ask(ns int, addr, from string) (string, error) {
-	var said string
-	dial := func() error {
+// ask connects from a namespace and reads what the server says. from, if not
+// empty, is the address to come from.
+func (w *world) ask(ns int, addr, from string) (said string, err error) {
+	err = inNamespace(ns, func() error {
 		// The socket is made here, on this thread: a Dialer might use others.
 		s, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 		if err != nil {
 			return err
 		}
-		f := os.NewFile(uintptr(s), "socket")
-		defer func() { _ = f.Close() }()
+		defer func() { _ = unix.Close(s) }()
 		tv := unix.Timeval{Usec: 400_000}
 		_ = unix.SetsockoptTimeval(s, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &tv)
 		_ = unix.SetsockoptTimeval(s, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv)
@@ -215,18 +241,14 @@ func (w *world) ask(ns int, addr, from string) (string, error) {
 			said = string(buf[:n])
 		}
 		return err
-	}
-	if ns < 0 {
-		return said, errors.Join(dial())
-	}
-	err := inNamespace(ns, dial)
+	})
 	return said, err
 }
 
 func TestContainers_ReachTheWorldAndNothingElse(t *testing.T) {
 	w := newWorld(t, Config{Deny: []netip.Prefix{netip.MustParsePrefix("203.0.113.0/24"), netip.MustParsePrefix("fd00::/8")}})
 	a, b := w.attach(), w.attach()
-	second, err := Open(t.Context(), Config{Bridge: "fcc", Table: "fcu", Subnet: netip.MustParsePrefix("10.123.1.0/24")})
+	second, err := w.open(Config{Bridge: "fcc", Table: "fcu", Subnet: netip.MustParsePrefix("10.123.1.0/24")})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -235,11 +257,11 @@ func TestContainers_ReachTheWorldAndNothingElse(t *testing.T) {
 	if far.lease, err = second.Attach(t.Context(), "far", far.ns); err != nil {
 		t.Fatal(err)
 	}
-	for _, ns := range []int{a.ns, b.ns, far.ns, w.outside, -1} {
+	for _, ns := range []int{a.ns, b.ns, far.ns, w.outside, w.host} {
 		w.serve(ns, "0.0.0.0:7000")
 	}
 	// The host reaches the container, which sees the bridge's address.
-	if from, err := w.ask(-1, a.lease.Address.String()+":7000", ""); err != nil || from != w.net.gateway.String() {
+	if from, err := w.ask(w.host, a.lease.Address.String()+":7000", ""); err != nil || from != w.net.gateway.String() {
 		t.Errorf("host to container: %q, %v", from, err)
 	}
 	// The container reaches the world, which sees the host's address.
@@ -264,11 +286,13 @@ func TestContainers_ReachTheWorldAndNothingElse(t *testing.T) {
 	if _, err := w.ask(w.outside, a.lease.Address.String()+":7000", ""); err == nil {
 		t.Error("the world reaches a container")
 	}
-	// A route of the container's own making does not help.
-	w.do("route around", func() error {
-		return inNamespace(a.ns, func() error {
-			return netlink.RouteAdd(&netlink.Route{LinkIndex: index(t, "eth0"), Dst: network("127.0.0.0/8"), Gw: w.net.gateway.AsSlice(), Table: unix.RT_TABLE_MAIN})
-		})
+	// By way of the host is no way.
+	w.in(a.ns, func() error {
+		l, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		return netlink.NeighSet(&netlink.Neigh{Family: netlink.FAMILY_V4, LinkIndex: l.Attrs().Index, State: netlink.NUD_PERMANENT, IP: b.lease.Address.AsSlice(), HardwareAddr: hardwareAddr(w.net.gateway)})
 	})
 	for _, addr := range []string{b.lease.Address.String(), w.net.gateway.String()} {
 		if _, err := w.ask(a.ns, addr+":7000", ""); err == nil {
@@ -303,33 +327,9 @@ func TestHost_ReachesContainersBesideAnotherFirewall(t *testing.T) {
 	w.serve(a.ns, "0.0.0.0:7000")
 	w.nft("add table ip other; add chain ip other forward { type filter hook forward priority 0; policy drop; }; " +
 		"add chain ip other input { type filter hook input priority 0; policy drop; }; add rule ip other input ct state established accept")
-	if _, err := w.ask(-1, a.lease.Address.String()+":7000", ""); err != nil {
+	if _, err := w.ask(w.host, a.lease.Address.String()+":7000", ""); err != nil {
 		t.Error(err)
 	}
-}
-
-func (w *world) nft(rules string) {
-	w.t.Helper()
-	if out, err := exec.Command("nft", rules).CombinedOutput(); err != nil { // a child has this thread's namespace
-		w.t.Fatalf("nft: %v: %s", err, out)
-	}
-}
-
-func index(t testing.TB, name string) int {
-	t.Helper()
-	l, err := netlink.LinkByName(name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return l.Attrs().Index
-}
-
-func network(s string) *net.IPNet {
-	_, n, err := net.ParseCIDR(s)
-	if err != nil {
-		panic(err)
-	}
-	return n
 }
 
 // A tenant that is root in its namespace takes its neighbour's addresses for
@@ -343,35 +343,31 @@ func TestContainers_CannotPretendToBeAnother(t *testing.T) {
 	if _, err := w.ask(thief.ns, outsideAddr+":7000", thief.lease.Address.String()); err != nil {
 		t.Errorf("its own address: %v", err)
 	}
-	w.do("steal the address", func() error {
-		return inNamespace(thief.ns, func() error { return addAddr("eth0", stolen+"/32") })
-	})
+	w.in(thief.ns, func() error { return addAddr("eth0", stolen+"/32") })
 	if from, err := w.ask(thief.ns, outsideAddr+":7000", stolen); err == nil {
 		t.Errorf("the world hears %s from the thief", from)
 	}
 	// Now also the hardware address, told to everybody by ARP.
-	w.do("steal the hardware address", func() error {
-		return inNamespace(thief.ns, func() error {
-			l, err := netlink.LinkByName("eth0")
-			if err != nil {
-				return err
-			}
-			_ = os.WriteFile("/proc/sys/net/ipv4/conf/eth0/arp_notify", []byte("1"), 0)
-			return errors.Join(netlink.LinkSetDown(l), netlink.LinkSetHardwareAddr(l, hardwareAddr(victim.lease.Address)), netlink.LinkSetUp(l),
-				netlink.RouteReplace(&netlink.Route{LinkIndex: l.Attrs().Index, Gw: w.net.gateway.AsSlice()}))
-		})
+	w.in(thief.ns, func() error {
+		l, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		_ = os.WriteFile("/proc/sys/net/ipv4/conf/eth0/arp_notify", []byte("1"), 0)
+		return errors.Join(netlink.LinkSetDown(l), netlink.LinkSetHardwareAddr(l, hardwareAddr(victim.lease.Address)), netlink.LinkSetUp(l),
+			netlink.RouteReplace(&netlink.Route{LinkIndex: l.Attrs().Index, Gw: w.net.gateway.AsSlice()}))
 	})
 	if from, err := w.ask(thief.ns, outsideAddr+":7000", stolen); err == nil {
 		t.Errorf("the world hears %s from the thief", from)
 	}
-	if from, err := w.ask(-1, stolen+":7000", ""); err != nil || from == "" {
+	if from, err := w.ask(w.host, stolen+":7000", ""); err != nil || from == "" {
 		t.Errorf("the victim is not reached any more: %v", err)
 	}
-	bridge, err := netlink.LinkByName("fcb")
+	bridge, err := w.net.kernel.LinkByName("fcb")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if addrs, err := netlink.AddrList(bridge, netlink.FAMILY_V6); err != nil || len(addrs) > 0 {
+	if addrs, err := w.net.kernel.AddrList(bridge, netlink.FAMILY_V6); err != nil || len(addrs) > 0 {
 		t.Errorf("the bridge has IPv6: %v, %v", addrs, err)
 	}
 }
@@ -397,17 +393,17 @@ func TestAttach_Exhausted(t *testing.T) {
 
 func TestOpen_RefusesARangeInUse(t *testing.T) {
 	w := newWorld(t, Config{})
-	_, err := Open(t.Context(), Config{Bridge: "fcc", Table: "fcu", Subnet: netip.MustParsePrefix("192.0.2.0/25")})
+	_, err := w.open(Config{Bridge: "fcc", Table: "fcu", Subnet: netip.MustParsePrefix("192.0.2.0/25")})
 	if !errors.Is(err, fleet.ErrConflict) || fleet.Hint(err) == "" {
 		t.Errorf("got %v", err)
 	}
-	if _, err := Open(t.Context(), Config{Subnet: netip.MustParsePrefix("fd00::/64")}); !errors.Is(err, fleet.ErrInvalid) {
+	if _, err := w.open(Config{Subnet: netip.MustParsePrefix("fd00::/64")}); !errors.Is(err, fleet.ErrInvalid) {
 		t.Errorf("got %v", err)
 	}
-	if _, err := Open(t.Context(), Config{Bridge: "up0", Table: "fcu", Subnet: netip.MustParsePrefix("10.123.9.0/24")}); !errors.Is(err, fleet.ErrConflict) {
+	if _, err := w.open(Config{Bridge: "up0", Table: "fcu", Subnet: netip.MustParsePrefix("10.123.9.0/24")}); !errors.Is(err, fleet.ErrConflict) {
 		t.Errorf("an uplink as bridge: %v", err)
 	}
-	if _, err := Open(t.Context(), Config{Bridge: "fcc", Table: "fcu", Subnet: netip.MustParsePrefix("198.51.100.0/24")}); !errors.Is(err, fleet.ErrConflict) {
+	if _, err := w.open(Config{Bridge: "fcc", Table: "fcu", Subnet: netip.MustParsePrefix("198.51.100.0/24")}); !errors.Is(err, fleet.ErrConflict) {
 		t.Errorf("a range that holds an address of the host: %v", err)
 	}
 	for range 2 { // it may be repeated
@@ -415,11 +411,11 @@ func TestOpen_RefusesARangeInUse(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if links, _ := netlink.LinkList(); len(links) != 2 { // lo, up0
+	if links, _ := w.net.kernel.LinkList(); len(links) != 2 { // lo, up0
 		t.Errorf("%d links are left", len(links))
 	}
-	if out, err := exec.Command("nft", "list", "ruleset").CombinedOutput(); err != nil || len(out) > 0 {
-		t.Errorf("left: %s, %v", out, err)
+	if rules := w.nft("list", "ruleset"); rules != "" {
+		t.Errorf("left: %s", rules)
 	}
 }
 
@@ -428,13 +424,13 @@ func TestOpen_WithAnotherRange(t *testing.T) {
 	w := newWorld(t, Config{})
 	a := w.attach()
 	other := Config{Bridge: "fcb", Table: "fct", Subnet: netip.MustParsePrefix("10.123.8.0/24")}
-	if _, err := Open(t.Context(), other); !errors.Is(err, fleet.ErrConflict) || fleet.Hint(err) == "" {
+	if _, err := w.open(other); !errors.Is(err, fleet.ErrConflict) || fleet.Hint(err) == "" {
 		t.Errorf("with a container: %v", err)
 	}
 	if err := w.net.Detach(t.Context(), a.lease); err != nil {
 		t.Fatal(err)
 	}
-	n, err := Open(t.Context(), other)
+	n, err := w.open(other)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -442,7 +438,7 @@ func TestOpen_WithAnotherRange(t *testing.T) {
 	if err := n.Adopt(a.lease); !errors.Is(err, fleet.ErrConflict) {
 		t.Errorf("adopt an address of the former range: %v", err)
 	}
-	addrs, err := netlink.AddrList(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Index: n.bridge}}, netlink.FAMILY_V4)
+	addrs, err := n.kernel.AddrList(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Index: n.bridge}}, netlink.FAMILY_V4)
 	if err != nil || len(addrs) != 1 || addrs[0].IP.String() != "10.123.8.1" {
 		t.Errorf("addresses %v, %v", addrs, err)
 	}
@@ -451,7 +447,7 @@ func TestOpen_WithAnotherRange(t *testing.T) {
 // state is everything that a container has on the host.
 func (w *world) state() string {
 	w.t.Helper()
-	links, err := netlink.LinkList()
+	links, err := w.net.kernel.LinkList()
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -459,7 +455,7 @@ func (w *world) state() string {
 	for _, l := range links {
 		fmt.Fprintln(&b, l.Attrs().Name)
 	}
-	neigh, err := netlink.NeighList(w.net.bridge, netlink.FAMILY_V4)
+	neigh, err := w.net.kernel.NeighList(w.net.bridge, netlink.FAMILY_V4)
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -468,11 +464,7 @@ func (w *world) state() string {
 			fmt.Fprintln(&b, "neighbour", n.IP)
 		}
 	}
-	rules, err := exec.Command("nft", "list", "ruleset").CombinedOutput() // a child has this thread's namespace
-	if err != nil {
-		w.t.Fatalf("nft: %v: %s", err, rules)
-	}
-	b.Write(rules)
+	b.WriteString(w.nft("list", "ruleset"))
 	lines := slices.Sorted(strings.Lines(b.String())) // a new process makes its table anew, after the others
 	return strings.Join(lines, "")
 }
@@ -558,7 +550,7 @@ func TestAttach_Fails(t *testing.T) {
 		t.Errorf("addresses in use: %v", w.net.pool.used)
 	}
 	w.serve(a.ns, "0.0.0.0:7000")
-	if _, err := w.ask(-1, a.lease.Address.String()+":7000", ""); err != nil {
+	if _, err := w.ask(w.host, a.lease.Address.String()+":7000", ""); err != nil {
 		t.Error(err)
 	}
 }
@@ -571,11 +563,7 @@ func TestAdoptAndClean(t *testing.T) {
 	kept, orphan := w.attach(), w.attach()
 	w.serve(kept.ns, "0.0.0.0:7000")
 	w.serve(w.outside, "0.0.0.0:7000")
-	var err error
-	w.do("end", w.net.Close)
-	if w.net, err = Open(t.Context(), Config{Bridge: "fcb", Table: "fct", Subnet: w.net.cfg.Subnet}); err != nil { // as after kill -9
-		t.Fatal(err)
-	}
+	w.reopen()
 	if _, err := w.ask(kept.ns, outsideAddr+":7000", ""); err != nil {
 		t.Errorf("between two daemons: %v", err)
 	}
@@ -592,7 +580,7 @@ func TestAdoptAndClean(t *testing.T) {
 	if _, err := w.ask(kept.ns, outsideAddr+":7000", ""); err != nil {
 		t.Errorf("after adoption: %v\n%s", err, w.state())
 	}
-	if _, err := w.ask(-1, kept.lease.Address.String()+":7000", ""); err != nil {
+	if _, err := w.ask(w.host, kept.lease.Address.String()+":7000", ""); err != nil {
 		t.Errorf("after adoption: %v", err)
 	}
 	if err := w.net.Remove(); !errors.Is(err, fleet.ErrConflict) {
@@ -649,24 +637,16 @@ func (w *world) detach(leases []Lease) {
 }
 
 // Many leave at the same moment: all of them are gone, and so is every
-// address. This one runs on the host itself, whose threads are many.
+// address.
 func TestDetach_ManyTogether(t *testing.T) {
-	n, err := Open(t.Context(), Config{Bridge: "fctmany", Table: "fctmany", Subnet: netip.MustParsePrefix("10.124.0.0/24")})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := errors.Join(n.Remove(), n.Close()); err != nil {
-			t.Error(err)
-		}
-	}()
+	w := newWorld(t, Config{})
 	leases := make([]Lease, 60)
 	var wg sync.WaitGroup
 	for i := range leases {
 		ns := newNamespace(t)
 		wg.Go(func() {
 			var err error
-			if leases[i], err = n.Attach(t.Context(), fmt.Sprintf("fctmany%d", i), ns); err != nil {
+			if leases[i], err = w.net.Attach(t.Context(), fmt.Sprintf("many%d", i), ns); err != nil {
 				t.Error(err)
 			}
 		})
@@ -675,17 +655,17 @@ func TestDetach_ManyTogether(t *testing.T) {
 	began := time.Now()
 	for _, l := range leases {
 		wg.Go(func() {
-			if err := n.Detach(t.Context(), l); err != nil {
+			if err := w.net.Detach(t.Context(), l); err != nil {
 				t.Error(err)
 			}
-			if _, err := netlink.LinkByName(l.Veth); err == nil {
+			if _, err := w.net.wire.index(l.Veth); err == nil {
 				t.Errorf("%s is still there", l.Veth)
 			}
 		})
 	}
 	wg.Wait()
 	t.Logf("%d left in %v", len(leases), time.Since(began))
-	if len(n.pool.used) != 0 {
-		t.Errorf("addresses in use: %v", n.pool.used)
+	if len(w.net.pool.used) != 0 {
+		t.Errorf("addresses in use: %v", w.net.pool.used)
 	}
 }
