@@ -30,6 +30,9 @@ import (
 var binary string
 
 func TestMain(m *testing.M) {
+	if os.Getenv("E2E_ETCD") != "" {
+		serveEtcd(os.Getenv("E2E_ETCD"), os.Getenv("E2E_DIR"))
+	}
 	dir, err := os.MkdirTemp("", "fce2e")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
