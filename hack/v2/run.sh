@@ -133,12 +133,29 @@ echo "v2: linux $version, $(stat -c %s "$work/initrd" | awk '{printf "%d", $1 / 
 filter() {
 	if [ "$verbose" ]; then cat; else grep -Ev --line-buffered '^ *(=== |--- PASS|PASS$)'; fi
 }
-timeout -k 10 "$limit" qemu-system-x86_64 \
-	-M microvm,accel=tcg,rtc=on -cpu max -smp 2 -m "$memory" \
-	-nodefaults -no-user-config -display none -no-reboot -serial stdio \
-	-kernel "$kernel/boot/vmlinuz-$version" -initrd "$work/initrd" \
-	-append "console=ttyS0 reboot=t panic=-1 quiet loglevel=3 cgroup_no_v1=all" </dev/null |
-	sed -u 's/\r$//' | tee "$cache/console" | filter || true
+# machine boots it once. Emulated processors sometimes hang while they come up,
+# before the first word; then it is stopped after a minute, and told by 1.
+machine() {
+	: >"$cache/console"
+	timeout -k 10 "$limit" qemu-system-x86_64 \
+		-M microvm,accel=tcg,rtc=on -cpu max -smp 2 -m "$memory" \
+		-nodefaults -no-user-config -display none -no-reboot -serial stdio -pidfile "$work/pid" \
+		-kernel "$kernel/boot/vmlinuz-$version" -initrd "$work/initrd" \
+		-append "console=ttyS0 reboot=t panic=-1 quiet loglevel=3 cgroup_no_v1=all" </dev/null |
+		sed -u 's/\r$//' | tee "$cache/console" | filter &
+	for _ in $(seq 60); do
+		sleep 1
+		[ ! -s "$cache/console" ] || break
+	done
+	if [ ! -s "$cache/console" ]; then
+		echo "v2: the machine hangs while it boots: once more"
+		kill "$(cat "$work/pid")"
+		wait || true
+		return 1
+	fi
+	wait || true
+}
+machine || machine || machine || true
 
 while read -r dir; do
 	case $(sed -n "s|^v2: $dir: exit ||p" "$cache/console") in
