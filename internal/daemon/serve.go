@@ -268,6 +268,7 @@ func (d *Daemon) openRuntimes(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	d.ends = append(d.ends, n.Close)
 	w := newWires(n)
 	native, err := sandbox.Open(ctx, sandbox.Config{
 		Logger: d.log, Cgroup: c.Sandbox.Cgroup, UIDBase: c.Sandbox.UIDBase, UIDCount: c.Sandbox.UIDCount, Network: w, Pool: c.Sandbox.Pool,

@@ -104,10 +104,9 @@ func newBench(t *testing.T) *bench {
 		}
 		b.close()
 		_ = b.images.Close()
-		if l, err := netlink.LinkByName(testBridge); err == nil {
-			_ = netlink.LinkDel(l)
+		if err := errors.Join(b.net.Remove(), b.net.Close()); err != nil {
+			t.Error(err)
 		}
-		_ = exec.Command("nft", "delete", "table", "ip", testBridge).Run()
 	})
 	return b
 }
