@@ -117,7 +117,7 @@ func (b *bench) warm() error {
 	}
 	pids := map[string]int{"fastcontainer": n.cmd.Process.Pid}
 	var stop func()
-	pids["nginx"], stop, err = b.proxy("nginx", fmt.Sprintf("daemon off; worker_processes 1; error_log %[1]s/nginx.log; pid %[1]s/nginx.pid;\nevents { worker_connections 1024; }\nhttp { access_log off; keepalive_requests 1000000; client_body_temp_path %[1]s; proxy_temp_path %[1]s; fastcgi_temp_path %[1]s; uwsgi_temp_path %[1]s; scgi_temp_path %[1]s;\nupstream app { server %[2]s; keepalive 128; keepalive_requests 1000000; }\nserver { listen %[3]s; location / { proxy_pass http://app; proxy_http_version 1.1; proxy_set_header Connection ''; proxy_set_header Host $host; proxy_set_header X-Forwarded-For $remote_addr; } } }\n", b.dir, backend, addrs["nginx"]), "-c")
+	pids["nginx"], stop, err = b.proxy("nginx", fmt.Sprintf("daemon off; worker_processes 1; error_log %[1]s/nginx.log; pid %[1]s/nginx.pid;\nevents { worker_connections 1024; }\nhttp { access_log off; keepalive_requests 1000000; client_body_temp_path %[1]s/nginx; proxy_temp_path %[1]s/nginx; fastcgi_temp_path %[1]s/nginx; uwsgi_temp_path %[1]s/nginx; scgi_temp_path %[1]s/nginx;\nupstream app { server %[2]s; keepalive 128; keepalive_requests 1000000; }\nserver { listen %[3]s; location / { proxy_pass http://app; proxy_http_version 1.1; proxy_set_header Connection ''; proxy_set_header Host $host; proxy_set_header X-Forwarded-For $remote_addr; } } }\n", b.dir, backend, addrs["nginx"]), "-c")
 	if err != nil {
 		return err
 	}
