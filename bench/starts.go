@@ -160,7 +160,7 @@ func (b *bench) cold() error {
 			if round >= 2 { // the first two warm the page cache
 				took[who.name] = append(took[who.name], d)
 			}
-			time.Sleep(50 * time.Millisecond)
+			time.Sleep(150 * time.Millisecond) // what the last one leaves to be done must not cost the next
 		}
 		if err := errors.Join(n.client.SetStopped(b.ctx, "cold", true), n.client.SetStopped(b.ctx, "cold", false)); err != nil {
 			return err

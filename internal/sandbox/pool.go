@@ -6,6 +6,12 @@ import (
 	"time"
 )
 
+// calm is how long the shelf is left as it is after a sandbox was taken from
+// it, as long as half of what is wanted is there. Making another one at once
+// would take locks of the kernel that the start needs, too: moving a process
+// into a cgroup v1 alone waits some 10 ms for RCU with cgroup_mutex held.
+const calm = 50 * time.Millisecond
+
 // pool keeps sandboxes prepared ahead. A start takes one from the shelf; the
 // shelf is filled again in the background, to at least min and to twice the
 // starts of the last second.
@@ -88,7 +94,31 @@ func (p *pool) fill() {
 		case <-p.kick:
 		case <-p.surplusTimer():
 		}
-		for p.ctx.Err() == nil && p.step() {
+		for p.rest(); p.ctx.Err() == nil && p.step(); p.rest() {
+		}
+	}
+}
+
+// rest waits until no start of the last moments would be disturbed, or until
+// there are too few on the shelf to care.
+func (p *pool) rest() {
+	for {
+		p.mu.Lock()
+		now := time.Now()
+		want := p.want(now)
+		var left time.Duration
+		if len(p.shelf) >= want/2 && len(p.taken) > 0 {
+			left = calm - now.Sub(p.taken[len(p.taken)-1])
+		}
+		p.mu.Unlock()
+		if left <= 0 {
+			return
+		}
+		select {
+		case <-time.After(left):
+		case <-p.kick:
+		case <-p.ctx.Done():
+			return
 		}
 	}
 }
