@@ -50,7 +50,8 @@ func main() {
 
 // alone moves this program into a mount namespace of its own, without the
 // cgroup v2 tree that hosts with v1 have beside it: crun refuses such hosts.
-// Everything that is measured runs there alike.
+// /run is in memory there, as on any host with systemd. Everything that is
+// measured runs there alike.
 func alone() error {
 	if os.Getenv("BENCH_ALONE") != "" {
 		return nil
@@ -63,7 +64,7 @@ func alone() error {
 	if err != nil {
 		return err
 	}
-	args := append([]string{unshare, "-m", "sh", "-c", `umount /sys/fs/cgroup/unified 2>/dev/null; exec "$0" "$@"`, self}, os.Args[1:]...)
+	args := append([]string{unshare, "-m", "sh", "-c", `umount /sys/fs/cgroup/unified 2>/dev/null; mount -t tmpfs -o mode=755 tmpfs /run && exec "$0" "$@"`, self}, os.Args[1:]...)
 	return unix.Exec(unshare, args, append(os.Environ(), "BENCH_ALONE=1"))
 }
 

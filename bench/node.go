@@ -47,7 +47,7 @@ func (b *bench) start(pin string) (*node, error) {
 	config := filepath.Join(dir, "config.yaml")
 	b.nodes++
 	name := fmt.Sprintf("fcbench%d", b.nodes)
-	text := fmt.Sprintf("data: %[1]s/data\nrun: %[1]s/run\nhttp: %[2]s\nnetwork: {bridge: %[3]s, subnet: 10.%[4]d.0.0/16}\nsandbox: {cgroup: /%[3]s, uid_base: %[5]d, uid_count: 1024}\ndoor: {max_conns_per_ip: 10000}\n",
+	text := fmt.Sprintf("data: %[1]s/data\nrun: /run/%[3]s\nhttp: %[2]s\nnetwork: {bridge: %[3]s, subnet: 10.%[4]d.0.0/16}\nsandbox: {cgroup: /%[3]s, uid_base: %[5]d, uid_count: 1024}\ndoor: {max_conns_per_ip: 10000}\n",
 		dir, addr, name, 70+b.nodes, 1<<29+b.nodes<<26)
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		return nil, err
@@ -65,7 +65,7 @@ func (b *bench) start(pin string) (*node, error) {
 	if err := n.cmd.Start(); err != nil {
 		return nil, err
 	}
-	if n.client, err = api.NewClient("unix://" + dir + "/run/api.sock"); err != nil {
+	if n.client, err = api.NewClient("unix:///run/" + name + "/api.sock"); err != nil {
 		return nil, err
 	}
 	for range 500 {

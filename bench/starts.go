@@ -66,7 +66,7 @@ func (b *bench) oci(runtime string) (took time.Duration, err error) {
 	if err := b.bundle(runtime, dir, port); err != nil {
 		return 0, err
 	}
-	state := filepath.Join(b.dir, runtime)
+	state := filepath.Join("/run", runtime)
 	began := time.Now()
 	cmd := exec.CommandContext(b.ctx, runtime, "--root", state, "run", "--bundle", dir, id) //nolint:gosec // a benchmark
 	var said bytes.Buffer

@@ -258,10 +258,11 @@ func (n *Network) connect(l Lease, netns int) (made bool, err error) {
 	return true, errors.Join(n.wire.settle(index), n.wire.settle(n.bridge))
 }
 
-// cutIPv6 takes IPv6 from all interfaces of the calling thread's network
-// namespace, also from those to come.
+// cutIPv6 takes IPv6 from all interfaces to come in the calling thread's
+// network namespace, which has loopback alone yet. That keeps its ::1. (To take
+// it from those that exist needs rtnl, and the kernel spins until it gets it.)
 func cutIPv6() error {
-	err := sysctl("ipv6/conf/all/disable_ipv6", "1")
+	err := sysctl("ipv6/conf/default/disable_ipv6", "1")
 	if errors.Is(err, os.ErrNotExist) { // the kernel has none
 		return nil
 	}

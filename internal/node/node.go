@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -58,6 +59,7 @@ type Node struct {
 	metrics *metrics
 	closing chan struct{}
 	watches sync.WaitGroup
+	probing atomic.Int64 // starts that wait for their port
 
 	mu        sync.Mutex
 	instances map[fleet.InstanceID]*Instance

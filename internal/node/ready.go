@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -22,8 +23,11 @@ var errNotReady = errors.New("not ready in time")
 // awaitReady waits until the instance's port accepts connections, and its HTTP
 // check answers if it has one. A refused connection costs some tens of
 // microseconds, so the first second is probed several times each millisecond;
-// the pace falls as the start gets long.
+// the pace falls as the start gets long, and when many start at once: what
+// they probe they take from each other.
 func (i *Instance) awaitReady(ctx context.Context) error {
+	i.node.probing.Add(1)
+	defer i.node.probing.Add(-1)
 	began := time.Now()
 	addr := i.Info().Address.String()
 	timer := time.NewTimer(0)
@@ -51,7 +55,7 @@ func (i *Instance) awaitReady(ctx context.Context) error {
 		if _, late := errors.AsType[net.Error](err); ctx.Err() == nil && !(late && last != nil) {
 			last = err
 		}
-		timer.Reset(pace(time.Since(began)))
+		timer.Reset(pace(time.Since(began), i.node.probing.Load()))
 		select {
 		case <-i.box.Done():
 			return &fleet.Error{Op: "start", Subject: string(i.rev.App), Kind: fleet.ErrFailing, Err: exitError(i.box.Exit()), Hint: "its last lines are in this event; fastcontainer logs " + string(i.rev.App) + " shows more"}
@@ -62,12 +66,14 @@ func (i *Instance) awaitReady(ctx context.Context) error {
 	}
 }
 
-func pace(since time.Duration) time.Duration {
+// pace between two probes of a start when so many start at once.
+func pace(since time.Duration, many int64) time.Duration {
+	share := time.Duration(min(max(many/int64(runtime.GOMAXPROCS(0)), 1), 16))
 	switch {
 	case since < 100*time.Millisecond:
-		return 300 * time.Microsecond
+		return share * 300 * time.Microsecond
 	case since < time.Second:
-		return time.Millisecond
+		return share * time.Millisecond
 	case since < 10*time.Second:
 		return 5 * time.Millisecond
 	default:
