@@ -24,6 +24,7 @@ type App struct {
 	mu      sync.Mutex
 	rev     fleet.Revision
 	policy  homeostat.Policy
+	trend   homeostat.Trend
 	stopped bool
 	removed bool
 	ready   []*member
@@ -238,7 +239,7 @@ func (a *App) decide(now time.Time) homeostat.Plan {
 	if a.stopped || a.removed || a.k.closed.Load() {
 		return homeostat.Plan{}
 	}
-	plan := homeostat.Decide(a.policy, load)
+	plan := homeostat.Decide(a.policy, load, &a.trend)
 	for range plan.Start {
 		a.start(plan.Cause, nil)
 	}

@@ -25,52 +25,8 @@ func TestDecide(t *testing.T) {
 		"failing, but one still serves": {Policy{Max: 5, Concurrency: 1}, Load{Waiting: 1, InFlight: 1, Ready: 1, Failures: 1}, Plan{RetryIn: 500 * time.Millisecond}},
 		"rested: one trial":             {Policy{Max: 5, Concurrency: 1}, Load{Waiting: 5, Failures: 3, SinceFailure: 2 * time.Second}, Plan{Start: 1, Cause: CauseRequest}},
 	} {
-		if got := Decide(c.p, c.l); got != c.want {
+		if got := Decide(c.p, c.l, &Trend{}); got.Start != c.want.Start || got.Cause != c.want.Cause || got.Refuse != c.want.Refuse || got.RetryIn != c.want.RetryIn {
 			t.Errorf("%s: got %+v, want %+v", name, got, c.want)
-		}
-	}
-}
-
-func TestJudge(t *testing.T) {
-	p := Policy{Max: 5, Lifetime: time.Minute, Idle: 20 * time.Second}
-	for name, c := range map[string]struct {
-		p    Policy
-		l    Life
-		want Fate
-	}{
-		"young and busy":            {p, Life{Age: time.Second, Limit: time.Minute, InFlight: 1, Siblings: 1}, Fate{Again: 20 * time.Second}},
-		"idle soon":                 {p, Life{Age: 15 * time.Second, Limit: time.Minute, Unused: 15 * time.Second, Siblings: 1}, Fate{Again: 5 * time.Second}},
-		"idle":                      {p, Life{Age: 20 * time.Second, Limit: time.Minute, Unused: 20 * time.Second, Siblings: 1}, Fate{Verdict: Retire, Cause: CauseIdle}},
-		"idle, but the last of min": {Policy{Min: 1, Max: 1, Idle: time.Second}, Life{Unused: time.Hour, Siblings: 1}, Fate{}},
-		"old and unused":            {p, Life{Age: time.Minute, Limit: time.Minute, Unused: 15 * time.Second, Siblings: 1}, Fate{Verdict: Retire, Cause: CauseLifetime}},
-		"old and busy":              {p, Life{Age: time.Minute, Limit: time.Minute, InFlight: 3, Siblings: 1}, Fate{Verdict: Replace, Cause: CauseLifetime}},
-		"old and just used":         {p, Life{Age: time.Minute, Limit: time.Minute, Unused: time.Second, Siblings: 1}, Fate{Verdict: Replace, Cause: CauseLifetime}},
-		"outdated, in use":          {p, Life{Outdated: true, InFlight: 1, Siblings: 1}, Fate{Verdict: Replace, Cause: CauseOutdated}},
-		"outdated, unused":          {p, Life{Outdated: true, Unused: 15 * time.Second, Siblings: 1}, Fate{Verdict: Retire, Cause: CauseOutdated}},
-		"for ever":                  {Policy{Max: 1}, Life{Age: 1000 * time.Hour, Unused: time.Hour, Siblings: 1}, Fate{}},
-	} {
-		if got := Judge(c.p, c.l); got != c.want {
-			t.Errorf("%s: got %+v, want %+v", name, got, c.want)
-		}
-	}
-}
-
-func TestBackoff_GrowsAndIsBounded(t *testing.T) {
-	last := time.Duration(0)
-	for n := range 100 {
-		b := Backoff(n)
-		if b < last || b > 30*time.Second {
-			t.Fatalf("after %d failures: %v, before %v", n, b, last)
-		}
-		last = b
-	}
-}
-
-func TestLifetime_IsAtMostATenthShorter(t *testing.T) {
-	p := Policy{Lifetime: time.Minute}
-	for range 1000 {
-		if l := Lifetime(p, rand.Float64()); l > time.Minute || l < 54*time.Second {
-			t.Fatalf("got %v", l)
 		}
 	}
 }
@@ -82,7 +38,7 @@ func TestDecide_Invariants(t *testing.T) {
 		p := Policy{Min: rnd.IntN(4), Concurrency: rnd.IntN(5)}
 		p.Max = p.Min + rnd.IntN(6)
 		l := Load{Waiting: rnd.IntN(50), InFlight: rnd.IntN(50), Ready: rnd.IntN(8), Starting: rnd.IntN(8), Failures: rnd.IntN(12), SinceFailure: time.Duration(rnd.Int64N(int64(time.Minute)))}
-		plan := Decide(p, l)
+		plan := Decide(p, l, &Trend{})
 		have := l.Ready + l.Starting
 		switch {
 		case plan.Start < 0:
@@ -103,14 +59,27 @@ func TestDecide_Invariants(t *testing.T) {
 
 func TestDecide_WarmCostsNothing(t *testing.T) {
 	p, l := Policy{Max: 10, Concurrency: 100}, Load{InFlight: 30, Ready: 1}
-	if n := testing.AllocsPerRun(100, func() { _ = Decide(p, l) }); n != 0 {
+	var trend Trend
+	if n := testing.AllocsPerRun(100, func() { _ = Decide(p, l, &trend) }); n != 0 {
 		t.Errorf("%v allocations", n)
 	}
 }
 
 func BenchmarkDecide(b *testing.B) {
 	p, l := Policy{Max: 10, Concurrency: 100}, Load{InFlight: 30, Ready: 1}
+	trend := warm(p, l)
+	b.ReportAllocs()
 	for b.Loop() {
-		_ = Decide(p, l)
+		trend.Add(p, Sample{Span: 10 * time.Millisecond, Arrived: 10, Answered: 10, Busy: 30 * time.Millisecond, CPU: time.Millisecond, Load: l})
+		_ = Decide(p, l, &trend)
 	}
+}
+
+// warm is the trend of an app that has been busy and well for a while.
+func warm(p Policy, l Load) Trend {
+	var t Trend
+	for range 200 {
+		t.Add(p, Sample{Span: 50 * time.Millisecond, Arrived: 50, Answered: 50, Busy: 150 * time.Millisecond, CPU: 5 * time.Millisecond, Load: l})
+	}
+	return t
 }
