@@ -315,6 +315,17 @@ func (c *container) Stats() (Stats, error) {
 	}, err
 }
 
+// CPU implements Sandbox.
+func (c *container) CPU() (Stats, error) {
+	s, err := c.p.group.CPU()
+	return Stats{CPUTime: s.CPUTime, Throttled: s.Throttled, Periods: s.Periods, ThrottledPers: s.ThrottledPeriods}, err
+}
+
+// Alarm implements Sandbox.
+func (c *container) Alarm(at fleet.Bytes, f func()) (func(), error) {
+	return c.p.group.Alarm(int64(at), f)
+}
+
 func (c *container) Freeze() error { return c.freeze(true) }
 func (c *container) Thaw() error   { return c.freeze(false) }
 

@@ -214,6 +214,13 @@ func (n *Native) closeMother() {
 // Check reports why containers cannot run on this host.
 func (n *Native) Check() error { return nil }
 
+// Memory that all of its containers use, without what the kernel would take
+// back at once.
+func (n *Native) Memory() (fleet.Bytes, error) {
+	m, err := n.cgroups.Memory()
+	return fleet.Bytes(m), err
+}
+
 // Close ends what was prepared ahead. Containers go on.
 func (n *Native) Close() error {
 	if n.pool != nil {

@@ -368,6 +368,17 @@ func (c *container) Stats() (sandbox.Stats, error) {
 	}, err
 }
 
+// CPU implements Sandbox.
+func (c *container) CPU() (sandbox.Stats, error) {
+	s, err := c.group.CPU()
+	return sandbox.Stats{CPUTime: s.CPUTime, Throttled: s.Throttled, Periods: s.Periods, ThrottledPers: s.ThrottledPeriods}, err
+}
+
+// Alarm implements Sandbox.
+func (c *container) Alarm(at fleet.Bytes, f func()) (func(), error) {
+	return c.group.Alarm(int64(at), f)
+}
+
 func (c *container) Freeze() error { return c.freeze(true) }
 func (c *container) Thaw() error   { return c.freeze(false) }
 

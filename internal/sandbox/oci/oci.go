@@ -173,6 +173,13 @@ func (r *Runtime) Check() error {
 	return nil
 }
 
+// Memory that all of its containers use, without what the kernel would take
+// back at once.
+func (r *Runtime) Memory() (fleet.Bytes, error) {
+	m, err := r.cgroups.Memory()
+	return fleet.Bytes(m), err
+}
+
 // Close ends the watches. Containers go on.
 func (r *Runtime) Close() error {
 	r.mu.Lock()

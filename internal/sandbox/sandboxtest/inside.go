@@ -31,6 +31,8 @@ func (s *suite) tests() []namedTest {
 		namedTest{"exec canceled", s.execCanceled},
 		namedTest{"resize", s.resize},
 		namedTest{"stats", s.stats},
+		namedTest{"numbers about the processor", s.cpu},
+		namedTest{"memory alarm", s.alarm},
 		namedTest{"freeze", s.freeze},
 		namedTest{"adopt", s.adopt},
 		namedTest{"adopt what has ended", s.adoptGone},

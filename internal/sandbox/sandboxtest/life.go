@@ -279,6 +279,56 @@ func (s *suite) stats(t *testing.T) {
 	}
 }
 
+func (s *suite) cpu(t *testing.T) {
+	r, out := s.runtime(t, nil), newOutput()
+	spec := s.spec("echo ready; while :; do :; done", out)
+	spec.Limits.CPU = 0.2
+	c := start(t, r, spec)
+	out.await(t, "ready")
+	for began := time.Now(); ; time.Sleep(20 * time.Millisecond) {
+		all, err := c.Stats()
+		must(t, err)
+		st, err := c.CPU()
+		must(t, err)
+		if st.CPUTime < all.CPUTime || st.Memory != 0 {
+			t.Fatalf("got %+v after %+v", st, all)
+		}
+		if st.CPUTime > 30*time.Millisecond && st.Periods > 2 && st.ThrottledPers > 0 {
+			return
+		}
+		if time.Since(began) > timeout {
+			t.Fatalf("got %+v: it is not stopped at its limit", st)
+		}
+	}
+}
+
+// An alarm rings before the limit is reached, in time to raise it.
+func (s *suite) alarm(t *testing.T) {
+	r := s.runtime(t, nil)
+	// Files in memory count: 4 MiB at a time, 56 MiB in all.
+	spec := s.spec("i=0; while [ $i -lt 14 ]; do dd if=/dev/zero of=/dev/shm/$i bs=1M count=4 2>/dev/null || exit 3; i=$((i+1)); sleep 0.05; done; exit 7", newOutput())
+	spec.Limits.Memory = 40 << 20
+	c := start(t, r, spec)
+	rung := make(chan struct{}, 1000)
+	stop, err := c.Alarm(24<<20, func() {
+		if err := c.Resize(sandbox.Limits{CPU: 1, Memory: 256 << 20, PIDs: 100}); err != nil {
+			t.Error(err)
+		}
+		rung <- struct{}{}
+	})
+	must(t, err)
+	defer stop()
+	select {
+	case <-rung:
+	case <-time.After(timeout):
+		t.Fatal("it does not ring")
+	}
+	stop()
+	if e := wait(t, c); e.Code != 7 {
+		t.Errorf("got %+v, want it to have had room", e)
+	}
+}
+
 func (s *suite) freeze(t *testing.T) {
 	c := s.idle(t, s.runtime(t, nil), nil)
 	f, ok := c.(sandbox.Freezer)
