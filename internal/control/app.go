@@ -12,6 +12,7 @@ import (
 
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
 	"github.com/fastcontainer/fastcontainer/internal/homeostat"
+	"github.com/fastcontainer/fastcontainer/internal/sandbox"
 )
 
 // App is one app on this node: its ready instances, the requests that wait for
@@ -21,14 +22,22 @@ type App struct {
 	name  fleet.AppName
 	hosts []string // guarded by k.mu
 
-	mu      sync.Mutex
-	rev     fleet.Revision
-	policy  homeostat.Policy
-	trend   homeostat.Trend
-	stopped bool
-	removed bool
-	ready   []*member
-	waiting *list.List // of *hold; nil while nobody waits
+	mu     sync.Mutex
+	rev    fleet.Revision
+	policy homeostat.Policy
+	trend  homeostat.Trend
+	watch  watch
+	active int     // instances that get requests first; the others are surplus
+	weight uint64  // that each instance has
+	limit  float64 // cores of each instance; 0: as at rest
+	memory int64   // that instances to come have at rest, if more than the policy says
+	births *births // nil before the first
+	// fullUntil: the machine had no room; asking again is useless before.
+	fullUntil time.Time
+	stopped   bool
+	removed   bool
+	ready     []*member
+	waiting   *list.List // of *hold; nil while nobody waits
 	// starting counts starts under way; those of successors are not for holds
 	// alone.
 	starting int
@@ -55,6 +64,18 @@ type member struct {
 	birth     *birth        // nil if it was adopted
 	quiet     chan struct{} // closed when retiring and nothing is in flight
 	closing   chan struct{} // closed when long-lived streams must end
+
+	claim     homeostat.Claim
+	streams   int       // of those in flight, long-lived ones
+	brokeAt   time.Time // an exchange
+	cpu       sandbox.Stats
+	cpuKnown  bool
+	weighed   bool   // memory and what follows are known
+	kills     uint64 // processes that the kernel killed in it
+	memory    int64
+	growth    int   // looks in a row in which its memory grew
+	most      int64 // memory since mostSince
+	mostSince time.Time
 }
 
 // hold is one waiting request.
@@ -69,7 +90,9 @@ type hold struct {
 type Lease struct {
 	m *member
 	// birth is the start that the request waited for, or nil.
-	birth *birth
+	birth  *birth
+	began  time.Time
+	stream bool
 }
 
 // birth is the ready event of an instance that requests waited for. It is told
@@ -103,9 +126,9 @@ func (a *App) Acquire(ctx context.Context, arrived time.Time) (*Lease, error) {
 	}
 	a.mu.Lock()
 	if m := a.free(); m != nil && a.waiting == nil {
-		m.inflight++
+		l := a.lease(m, nil, arrived)
 		a.mu.Unlock()
-		return &Lease{m: m}, nil
+		return l, nil
 	}
 	h, place, err := a.hold(arrived)
 	a.mu.Unlock()
@@ -115,19 +138,34 @@ func (a *App) Acquire(ctx context.Context, arrived time.Time) (*Lease, error) {
 	return a.wait(ctx, h, place)
 }
 
+// lease gives a slot away. The caller holds the lock.
+func (a *App) lease(m *member, b *birth, now time.Time) *Lease {
+	m.inflight++
+	a.watch.inFlight++
+	a.watch.arrived++
+	a.noticed(now)
+	return &Lease{m: m, birth: b, began: now}
+}
+
 // hold queues a request and sees to it that it will be served. The caller
 // holds the lock.
 func (a *App) hold(arrived time.Time) (*hold, *list.Element, error) {
 	if a.stopped || a.removed {
 		return nil, nil, &fleet.Error{Op: "route to", Subject: string(a.name), Kind: fleet.ErrUnavailable, Err: errors.New("the app is stopped")}
 	}
-	if a.waiting != nil && a.waiting.Len() >= a.k.cfg.HoldsPerApp || a.k.holds.Load() >= int64(a.k.cfg.HoldsTotal) {
+	held := 0
+	if a.waiting != nil {
+		held = a.waiting.Len()
+	}
+	if held >= a.k.cfg.HoldsPerApp || a.k.crowded(held) {
 		a.k.metrics.refused.WithLabelValues("too many").Inc()
 		return nil, nil, &fleet.Error{Op: "route to", Subject: string(a.name), Kind: fleet.ErrOverloaded, Err: errors.New("too many requests wait for it")}
 	}
 	if a.waiting == nil {
 		a.waiting = list.New()
+		a.k.holding.Add(1)
 	}
+	a.noticed(arrived)
 	h := &hold{arrived: arrived, done: make(chan struct{})}
 	place := a.waiting.PushBack(h)
 	a.k.holds.Add(1)
@@ -145,6 +183,7 @@ func (a *App) drop(place *list.Element) {
 	a.k.holds.Add(-1)
 	if a.waiting.Len() == 0 {
 		a.waiting = nil
+		a.k.holding.Add(-1)
 	}
 }
 
@@ -178,12 +217,21 @@ func (a *App) wait(ctx context.Context, h *hold, place *list.Element) (*Lease, e
 	return nil, err
 }
 
-// free is the instance for the next request: the least loaded of those that
-// may take one more. The caller holds the lock.
+// free is the instance for the next request: the least loaded of the active
+// ones, so that surplus gets idle and ends, and only if they are full another.
+// The caller holds the lock.
 func (a *App) free() *member {
 	var best *member
+	place := 0
 	for _, m := range a.ready {
-		if m.retiring || a.policy.Concurrency > 0 && m.inflight >= a.policy.Concurrency {
+		if m.retiring {
+			continue
+		}
+		place++
+		if best != nil && place > a.active {
+			break
+		}
+		if a.policy.Concurrency > 0 && m.inflight >= a.policy.Concurrency {
 			continue
 		}
 		if best == nil || m.inflight < best.inflight {
@@ -203,8 +251,7 @@ func (a *App) serve(b *birth) {
 		place := a.waiting.Front()
 		h := place.Value.(*hold) //nolint:forcetypeassert // only holds are queued
 		a.drop(place)
-		m.inflight++
-		h.lease = &Lease{m: m, birth: b}
+		h.lease = a.lease(m, b, time.Now())
 		close(h.done)
 	}
 }
@@ -223,25 +270,17 @@ func (a *App) refuse(err error) {
 // decide asks the homeostat and begins the starts it plans. The caller holds
 // the lock.
 func (a *App) decide(now time.Time) homeostat.Plan {
-	load := homeostat.Load{Starting: a.starting, Failures: a.failures}
-	for _, m := range a.ready {
-		if !m.retiring {
-			load.Ready++
-			load.InFlight += m.inflight
-		}
-	}
-	if a.waiting != nil {
-		load.Waiting = a.waiting.Len()
-	}
-	if a.failures > 0 {
-		load.SinceFailure = now.Sub(a.failedAt)
-	}
 	if a.stopped || a.removed || a.k.closed.Load() {
-		return homeostat.Plan{}
+		return homeostat.Plan{Active: 1}
 	}
+	load := a.load(now)
 	plan := homeostat.Decide(a.policy, load, &a.trend)
-	for range plan.Start {
-		a.start(plan.Cause, nil)
+	a.active = plan.Active
+	if plan.Start > 0 {
+		inputs := a.inputs(now)
+		for range plan.Start {
+			a.start(now, plan.Cause, inputs, nil)
+		}
 	}
 	if plan.RetryIn > 0 && (load.Waiting > 0 || a.policy.Min > 0) {
 		a.wake(plan.RetryIn)
@@ -251,22 +290,104 @@ func (a *App) decide(now time.Time) homeostat.Plan {
 
 // start begins one start; retire, if not nil, is the instance that the new one
 // is to replace. The caller holds the lock.
-func (a *App) start(cause string, retire *member) {
+func (a *App) start(now time.Time, cause string, inputs map[string]float64, retire *member) {
 	a.starting++
-	rev := a.rev
-	stages := &fleet.Stages{}
+	o := Order{
+		Revision: a.rev, Cause: cause, Inputs: inputs, Stages: &fleet.Stages{},
+		Limits: sandbox.Limits{CPU: a.limit, CPUWeight: a.share(a.serving() + a.starting), Memory: fleet.Bytes(a.memory)},
+	}
 	if a.waiting != nil {
 		oldest := a.waiting.Front().Value.(*hold) //nolint:forcetypeassert // only holds are queued
-		stages.Hold = time.Since(oldest.arrived).Microseconds()
+		o.Stages.Hold = now.Sub(oldest.arrived).Microseconds()
 	}
+	claim := a.claim()
+	priority := a.policy.Priority
 	a.k.work.Go(func() {
-		inst, err := a.k.cfg.Node.Start(a.k.ctx, rev, cause, stages)
-		a.started(inst, err, cause, stages, retire)
+		inst, err := a.k.bringUp(a, o, claim, priority, retire != nil)
+		a.started(inst, err, o, claim, retire)
 	})
 }
 
+// bringUp waits for its turn and for room, then starts. What replaces another
+// instance needs no room: that one makes it.
+func (k *Control) bringUp(a *App, o Order, claim homeostat.Claim, priority int, renewal bool) (Instance, error) {
+	asked := time.Now()
+	ctx, cancel := context.WithTimeoutCause(k.ctx, k.cfg.HoldTimeout, errFull)
+	defer cancel()
+	if renewal {
+		k.ledger.adopted(a, claim, priority)
+	} else if err := k.ledger.admit(ctx, a, claim, priority); err != nil {
+		return nil, err
+	}
+	o.Stages.Place = time.Since(asked).Microseconds()
+	if !renewal && time.Since(asked) > settled && !a.stillWants(o) {
+		k.ledger.ended(a, claim, true)
+		return nil, errNotWanted
+	}
+	began := time.Now()
+	inst, err := k.cfg.Node.Start(k.ctx, o)
+	switch {
+	case err != nil:
+		k.ledger.ended(a, claim, !renewal)
+	case !renewal:
+		k.ledger.started(a)
+	}
+	if err == nil {
+		a.mu.Lock()
+		if a.births == nil {
+			a.births = &births{}
+		}
+		a.births.add(time.Since(began))
+		a.mu.Unlock()
+	}
+	return inst, err
+}
+
+// settled is how long a start may wait for its turn before it is asked again
+// whether it is wanted.
+const settled = 100 * time.Millisecond
+
+var errNotWanted = errors.New("whoever wanted it has left")
+
+// stillWants tells whether a start that waited long is wanted yet.
+func (a *App) stillWants(o Order) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.stopped || a.removed || a.rev.ID != o.Revision.ID {
+		return false
+	}
+	load := a.load(time.Now())
+	load.Starting-- // this one
+	return homeostat.Decide(a.policy, load, &a.trend).Start > 0
+}
+
+// claim is what one more instance reserves. The caller holds the lock.
+func (a *App) claim() homeostat.Claim {
+	return homeostat.Claim{CPU: a.policy.CPU.Rest, Memory: a.policy.Memory.Rest}
+}
+
+// share of the processor's time that each of n instances gets: all of them
+// together have the weight of their app.
+func (a *App) share(n int) uint64 {
+	return uint64(min(max(100*weight(a.policy.Priority)/float64(max(n, 1)), 1), 10000))
+}
+
+// reweigh shares the app's weight among its instances. The caller holds the lock.
+func (a *App) reweigh() {
+	w := a.share(a.serving())
+	if w == a.weight {
+		return
+	}
+	a.weight = w
+	for _, m := range a.ready {
+		if !m.retiring {
+			a.resize(m, sandbox.Limits{CPUWeight: w}, "", nil)
+		}
+	}
+}
+
 // started takes up the end of a start.
-func (a *App) started(inst Instance, err error, why string, stages *fleet.Stages, retire *member) {
+func (a *App) started(inst Instance, err error, o Order, claim homeostat.Claim, retire *member) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.starting--
@@ -275,39 +396,65 @@ func (a *App) started(inst Instance, err error, why string, stages *fleet.Stages
 		cause, retire.replacing = retire.replacing, ""
 	}
 	if err != nil {
-		a.failures++
-		a.failedAt = time.Now()
-		a.lastErr = err
-		if a.starting == 0 && a.serving() == 0 {
-			kind := fleet.ErrFailing
-			if errors.Is(err, fleet.ErrTimeout) {
-				kind = fleet.ErrTimeout
-			}
-			a.refuse(&fleet.Error{Op: "route to", Subject: string(a.name), Kind: kind, Err: err})
-		}
-		if !a.k.closed.Load() && (a.serving() > 0 || a.policy.Min > 0) {
-			a.wake(homeostat.Backoff(a.failures))
-		}
+		a.notStarted(err)
 		return
 	}
 	a.failures, a.lastErr = 0, nil
 	info := inst.Info()
-	b := &birth{tell: a.k.cfg.Events, stages: stages, event: fleet.Event{
+	b := &birth{tell: a.k.cfg.Events, stages: o.Stages, event: fleet.Event{
 		Time: info.ReadyAt, Type: fleet.EventReady, App: a.name, Instance: info.ID, Revision: info.Revision, Node: info.Node,
-		Cause: why, Kind: info.Kind,
+		Cause: o.Cause, Kind: info.Kind,
 	}}
 	if a.waiting == nil {
 		b.answered(0, 0)
 	} else {
 		time.AfterFunc(birthWait, func() { b.answered(0, 0) })
 	}
-	a.join(inst, b)
+	a.join(inst, b, claim)
 	if retire != nil && !retire.retiring {
 		a.retire(retire, cause)
 	}
 	a.decide(time.Now())
+	a.reweigh()
 	a.wake(0)
 }
+
+// notStarted takes up a start that came to nothing. The caller holds the lock.
+func (a *App) notStarted(err error) {
+	now := time.Now()
+	alone := a.starting == 0 && a.serving() == 0
+	switch {
+	case errors.Is(err, errNotWanted):
+		if a.waiting != nil {
+			a.decide(now)
+		}
+		return
+	case errors.Is(err, errFull):
+		a.fullUntil = now.Add(fullPause)
+		a.k.metrics.full.Inc()
+		if alone {
+			a.refuse(full(a.name))
+		}
+		return
+	}
+	a.failures++
+	a.failedAt = now
+	a.lastErr = err
+	if alone {
+		kind := fleet.ErrFailing
+		if errors.Is(err, fleet.ErrTimeout) {
+			kind = fleet.ErrTimeout
+		}
+		a.refuse(&fleet.Error{Op: "route to", Subject: string(a.name), Kind: kind, Err: err})
+	}
+	if !a.k.closed.Load() && (a.serving() > 0 || a.policy.Min > 0) {
+		a.wake(homeostat.Backoff(a.failures))
+	}
+}
+
+// fullPause is how long an app that has its share of a full machine does not
+// ask for more.
+const fullPause = 250 * time.Millisecond
 
 // serving counts the instances in the route. The caller holds the lock.
 func (a *App) serving() int {
@@ -321,9 +468,9 @@ func (a *App) serving() int {
 }
 
 // join puts a ready instance into the route. The caller holds the lock.
-func (a *App) join(inst Instance, b *birth) {
+func (a *App) join(inst Instance, b *birth, claim homeostat.Claim) {
 	info := inst.Info()
-	m := &member{app: a, inst: inst, info: info, birth: b, unused: time.Now(), quiet: make(chan struct{}), closing: make(chan struct{})}
+	m := &member{app: a, inst: inst, info: info, birth: b, claim: claim, mostSince: time.Now(), unused: time.Now(), quiet: make(chan struct{}), closing: make(chan struct{})}
 	m.upstream = a.k.cfg.Attach(info.ID, info.Address)
 	a.ready = append(a.ready, m)
 	if a.stopped || a.removed {
@@ -336,7 +483,13 @@ func (a *App) join(inst Instance, b *birth) {
 func (a *App) adopt(inst Instance) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.join(inst, nil)
+	claim := a.claim()
+	a.k.ledger.adopted(a, claim, a.policy.Priority)
+	a.join(inst, nil, claim)
+	if l := inst.Limits(); l.CPU > a.policy.CPU.Rest {
+		a.limit = max(a.limit, l.CPU)
+		a.noticed(time.Now()) // it comes back to rest
+	}
 	a.wake(0)
 }
 
@@ -360,6 +513,7 @@ func (a *App) judge() {
 	now := time.Now()
 	a.decide(now)
 	siblings := a.serving()
+	place := 0
 	again := time.Duration(0)
 	sooner := func(d time.Duration) {
 		if d > 0 && (again == 0 || d < again) {
@@ -370,10 +524,15 @@ func (a *App) judge() {
 		if m.retiring {
 			continue
 		}
-		fate := homeostat.Judge(a.policy, m.life(now, a.rev.ID, siblings))
+		place++
+		life := m.life(now, a.rev.ID, siblings)
+		// Where there is surplus, one that is at its end needs no successor.
+		life.Surplus = place > a.active || siblings > a.active && !life.Outdated && life.Limit > 0 && life.Age >= life.Limit
+		fate := homeostat.Judge(a.policy, life)
 		switch {
 		case fate.Verdict == homeostat.Retire:
 			siblings--
+			place--
 			a.retire(m, fate.Cause)
 		case fate.Verdict == homeostat.Replace && m.replacing == "":
 			if rest := homeostat.Backoff(a.failures) - now.Sub(a.failedAt); a.failures > 0 && rest > 0 {
@@ -381,7 +540,7 @@ func (a *App) judge() {
 				continue
 			}
 			m.replacing = fate.Cause
-			a.start(homeostat.CauseRenewal+": "+fate.Cause, m)
+			a.start(now, homeostat.CauseRenewal+": "+fate.Cause, nil, m)
 		default:
 			sooner(fate.Again)
 		}
@@ -434,7 +593,9 @@ func (a *App) retire(m *member, cause string) {
 			return // what did not finish goes on under the next daemon
 		}
 		a.k.stop(m.inst, cause)
+		a.k.ledger.ended(a, m.claim, false)
 	})
+	a.reweigh()
 }
 
 const causeRemoved = "the app was deleted"
@@ -488,6 +649,10 @@ func (a *App) gone(id fleet.InstanceID) {
 	// An instance that lives for a moment only is a failed start by another
 	// name; but one that has answered before is given the benefit of the doubt
 	// once.
+	a.k.ledger.ended(a, m.claim, false)
+	if m.inst.OutOfMemory() {
+		a.enlarge(int64(m.inst.Limits().Memory))
+	}
 	a.young++
 	if time.Since(m.inst.Ready()) >= 5*time.Second {
 		a.young = 0
@@ -513,9 +678,15 @@ func (a *App) set(rev fleet.Revision, stopped bool) {
 	s := rev.Spec
 	changed := a.rev.ID != rev.ID || a.stopped != stopped
 	a.rev, a.stopped = rev, stopped
-	a.policy = homeostat.Policy{Min: s.Scale.Min, Max: s.Scale.Max, Concurrency: s.Concurrency, Lifetime: s.Lifetime.Std(), Idle: s.Idle.Std()}
+	a.policy = homeostat.Policy{
+		Min: s.Scale.Min, Max: s.Scale.Max, Concurrency: s.Concurrency, Lifetime: s.Lifetime.Std(), Idle: s.Idle.Std(), Priority: s.Priority,
+		CPU:    homeostat.Span[float64]{Rest: s.Resources.CPU.Rest, Peak: s.Resources.CPU.Peak},
+		Memory: homeostat.Span[int64]{Rest: int64(s.Resources.Memory.Rest), Peak: int64(s.Resources.Memory.Peak)},
+	}
+	a.active = max(a.active, 1)
 	if changed { // what failed before may work now
 		a.failures, a.young, a.lastErr = 0, 0, nil
+		a.limit, a.memory, a.trend = 0, 0, homeostat.Trend{}
 	}
 	if stopped {
 		for _, m := range slices.Clone(a.ready) {
@@ -541,8 +712,16 @@ func (a *App) remove() {
 		}
 	}
 	a.refuse(&fleet.Error{Op: "route to", Subject: string(a.name), Kind: fleet.ErrNotFound, Err: errors.New(causeRemoved)})
+	a.stopTimers()
+}
+
+func (a *App) stopTimers() {
 	if a.timer != nil {
 		a.timer.Stop()
+	}
+	if a.watch.timer != nil {
+		a.watch.timer.Stop()
+		a.watch.on = false
 	}
 }
 
@@ -551,9 +730,7 @@ func (a *App) close() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.refuse(&fleet.Error{Op: "route to", Subject: string(a.name), Kind: fleet.ErrUnavailable, Err: errShutdown})
-	if a.timer != nil {
-		a.timer.Stop()
-	}
+	a.stopTimers()
 }
 
 // Status is an app's present, for people.
@@ -624,14 +801,39 @@ func (l *Lease) Answered(connect, firstByte time.Duration) {
 // Closing is closed when long-lived streams must end.
 func (l *Lease) Closing() <-chan struct{} { return l.m.closing }
 
+// Streams tells that the exchange became a long-lived one: how long it takes
+// says nothing about the load.
+func (l *Lease) Streams() {
+	a := l.m.app
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if !l.stream {
+		l.stream = true
+		l.m.streams++
+		a.watch.inFlight--
+	}
+}
+
 // Release gives the slot back.
 func (l *Lease) Release(failed bool) {
 	a, m := l.m.app, l.m
 	a.mu.Lock()
+	now := time.Now()
 	m.inflight--
+	if l.stream {
+		m.streams--
+	} else {
+		w := &a.watch
+		w.inFlight--
+		w.answered++
+		w.busy += now.Sub(l.began)
+	}
 	m.answered = m.answered || !failed
+	if failed {
+		m.brokeAt = now
+	}
 	if m.inflight == 0 {
-		m.unused = time.Now()
+		m.unused = now
 		if m.retiring {
 			select {
 			case <-m.quiet:

@@ -13,6 +13,7 @@ import (
 	"io"
 	"log/slog"
 	"net/netip"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -22,6 +23,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
+	"github.com/fastcontainer/fastcontainer/internal/homeostat"
+	"github.com/fastcontainer/fastcontainer/internal/sandbox"
 )
 
 // Instance is one ready container, as control sees it.
@@ -30,14 +33,37 @@ type Instance interface {
 	Revision() fleet.Revision
 	// Ready is when it became ready, with a monotonic part.
 	Ready() time.Time
+	// Limits in force.
+	Limits() sandbox.Limits
+	// Stats of its cgroup, and those of its processor alone.
+	Stats() (sandbox.Stats, error)
+	CPU() (sandbox.Stats, error)
+	// OutOfMemory tells whether it has ended for that.
+	OutOfMemory() bool
+}
+
+// Order is a start that is wanted.
+type Order struct {
+	Revision fleet.Revision
+	// Cause and the numbers behind it.
+	Cause  string
+	Inputs map[string]float64
+	// Stages hold what is known of the start so far and get the rest.
+	Stages *fleet.Stages
+	// Limits once it is ready; a zero stands for what the revision has at rest.
+	Limits sandbox.Limits
 }
 
 // Node carries out what is decided.
 type Node interface {
 	// Start returns when the instance is ready.
-	Start(ctx context.Context, rev fleet.Revision, cause string, stages *fleet.Stages) (Instance, error)
+	Start(ctx context.Context, o Order) (Instance, error)
 	// Stop returns when nothing is left of it.
 	Stop(ctx context.Context, i Instance, cause string) error
+	// Resize changes limits; a zero leaves a number as it is.
+	Resize(i Instance, l sandbox.Limits, cause string, inputs map[string]float64) error
+	// Vitals of the machine at present.
+	Vitals() homeostat.Vitals
 }
 
 // Config of control.
@@ -52,6 +78,11 @@ type Config struct {
 	// their wait.
 	HoldsPerApp, HoldsTotal int
 	HoldTimeout             time.Duration
+	// Capacity is what instances may reserve together, their resources at
+	// rest; 0: no bound. Starts is the most starts at once; 0: 16 for each
+	// processor.
+	Capacity homeostat.Claim
+	Starts   int
 	// Registerer of metrics; may be nil.
 	Registerer prometheus.Registerer
 }
@@ -60,12 +91,18 @@ type Config struct {
 type Control struct {
 	cfg     Config
 	metrics *metrics
-	routes  sync.Map // host name → *App
-	holds   atomic.Int64
-	ctx     context.Context //nolint:containedctx // the life of starts, which outlive the requests that caused them
-	cancel  context.CancelCauseFunc
-	work    sync.WaitGroup
-	closed  atomic.Bool
+	routes  sync.Map     // host name → *App
+	holds   atomic.Int64 // requests that wait
+	holding atomic.Int64 // apps that have some
+	ledger  *ledger
+	unread  sync.Once
+	// vitals as last felt, and whether the machine is digesting.
+	vitals   atomic.Pointer[homeostat.Vitals]
+	starving atomic.Bool
+	ctx      context.Context //nolint:containedctx // the life of starts, which outlive the requests that caused them
+	cancel   context.CancelCauseFunc
+	work     sync.WaitGroup
+	closed   atomic.Bool
 
 	mu   sync.Mutex
 	apps map[fleet.AppName]*App
@@ -75,12 +112,16 @@ var errShutdown = errors.New("daemon is stopping")
 
 // New makes control without apps.
 func New(c Config) (*Control, error) {
-	k := &Control{cfg: c, apps: map[fleet.AppName]*App{}}
+	if c.Starts <= 0 {
+		c.Starts = 16 * runtime.GOMAXPROCS(0)
+	}
+	k := &Control{cfg: c, apps: map[fleet.AppName]*App{}, ledger: newLedger(c.Capacity, c.Starts)}
 	k.ctx, k.cancel = context.WithCancelCause(context.Background())
 	var err error
 	if k.metrics, err = newMetrics(c.Registerer, &k.holds); err != nil {
 		return nil, err
 	}
+	k.work.Go(k.autophagy)
 	return k, nil
 }
 
@@ -190,6 +231,26 @@ func (k *Control) Adopt(i Instance) {
 func (k *Control) Gone(id fleet.InstanceID) {
 	if a, ok := k.App(id.App()); ok {
 		a.gone(id)
+	}
+}
+
+// Pressed gives an instance whose memory comes near its limit more of it, if
+// there is some.
+func (k *Control) Pressed(id fleet.InstanceID) {
+	if a, ok := k.App(id.App()); ok {
+		a.pressed(id)
+	}
+}
+
+// unreadable says once that an instance's numbers cannot be read: decisions go
+// on without them.
+func (k *Control) unreadable(id fleet.InstanceID, err error) {
+	select {
+	case <-k.ctx.Done():
+	default:
+		k.unread.Do(func() {
+			k.cfg.Logger.Warn("numbers of an instance cannot be read, decisions go on without them; this is said once", "instance", id, "error", err)
+		})
 	}
 }
 

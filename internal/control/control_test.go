@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
+	"github.com/fastcontainer/fastcontainer/internal/homeostat"
+	"github.com/fastcontainer/fastcontainer/internal/sandbox"
 )
 
 // fakeNode starts and stops instances in no time, or in the time and with the
@@ -25,20 +27,70 @@ type fakeNode struct {
 	err     error
 	starts  []string // causes
 	stops   []string
+	resizes []string // causes
+	vitals  homeostat.Vitals
 	running map[fleet.InstanceID]bool
 }
 
 type fakeInstance struct {
+	node  *fakeNode
 	info  fleet.Instance
 	rev   fleet.Revision
 	ready time.Time
+
+	mu     sync.Mutex
+	limits sandbox.Limits
+	stats  sandbox.Stats
+	oom    bool
 }
+
+func (i *fakeInstance) Limits() sandbox.Limits {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.limits
+}
+
+func (i *fakeInstance) Stats() (sandbox.Stats, error) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.stats, nil
+}
+func (i *fakeInstance) CPU() (sandbox.Stats, error) { return i.Stats() }
+func (i *fakeInstance) OutOfMemory() bool           { return i.oom }
 
 func (i *fakeInstance) Info() fleet.Instance     { return i.info }
 func (i *fakeInstance) Revision() fleet.Revision { return i.rev }
 func (i *fakeInstance) Ready() time.Time         { return i.ready }
 
-func (n *fakeNode) Start(ctx context.Context, rev fleet.Revision, cause string, _ *fleet.Stages) (Instance, error) {
+func (n *fakeNode) Vitals() homeostat.Vitals {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.vitals
+}
+
+func (n *fakeNode) Resize(i Instance, l sandbox.Limits, cause string, _ map[string]float64) error {
+	f := i.(*fakeInstance)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if l.CPU > 0 {
+		f.limits.CPU = l.CPU
+	}
+	if l.CPUWeight > 0 {
+		f.limits.CPUWeight = l.CPUWeight
+	}
+	if l.Memory > 0 {
+		f.limits.Memory = l.Memory
+	}
+	if cause != "" {
+		n.mu.Lock()
+		n.resizes = append(n.resizes, fmt.Sprintf("%g %s", l.CPU, cause))
+		n.mu.Unlock()
+	}
+	return nil
+}
+
+func (n *fakeNode) Start(ctx context.Context, o Order) (Instance, error) {
+	rev, cause := o.Revision, o.Cause
 	n.mu.Lock()
 	n.starts = append(n.starts, cause)
 	took, err := n.took, n.err
@@ -52,7 +104,7 @@ func (n *fakeNode) Start(ctx context.Context, rev fleet.Revision, cause string, 
 		return nil, err
 	}
 	now := time.Now()
-	i := &fakeInstance{rev: rev, ready: now, info: fleet.Instance{ID: fleet.NewInstanceID(rev.App), App: rev.App, Revision: rev.ID, State: fleet.StateReady, ReadyAt: now}}
+	i := &fakeInstance{node: n, limits: o.Limits, rev: rev, ready: now, info: fleet.Instance{ID: fleet.NewInstanceID(rev.App), App: rev.App, Revision: rev.ID, State: fleet.StateReady, ReadyAt: now}}
 	if l := rev.Spec.Lifetime.Std(); l > 0 {
 		i.info.ExpiresAt = now.Add(l)
 	}
@@ -461,8 +513,8 @@ func TestMinimum_IsKeptWithoutRequests(t *testing.T) {
 func TestAdopt_InstancesServeAgainAndUnknownOnesEnd(t *testing.T) {
 	bubble(t, func(t *testing.T, k *Control, n *fakeNode) {
 		rev := fleet.Revision{ID: "blog@1", App: "blog", Spec: testSpec("blog")}
-		i, _ := n.Start(t.Context(), rev, "", nil)
-		lost, _ := n.Start(t.Context(), fleet.Revision{ID: "gone@1", App: "gone", Spec: testSpec("gone")}, "", nil)
+		i, _ := n.Start(t.Context(), Order{Revision: rev, Cause: ""})
+		lost, _ := n.Start(t.Context(), Order{Revision: fleet.Revision{ID: "gone@1", App: "gone", Spec: testSpec("gone")}, Cause: ""})
 		a := deploy(k, testSpec("blog"), 1)
 		k.Adopt(i)
 		k.Adopt(lost)

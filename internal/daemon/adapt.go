@@ -12,6 +12,7 @@ import (
 	"github.com/fastcontainer/fastcontainer/internal/control"
 	"github.com/fastcontainer/fastcontainer/internal/dispatch"
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
+	"github.com/fastcontainer/fastcontainer/internal/homeostat"
 	"github.com/fastcontainer/fastcontainer/internal/network"
 	"github.com/fastcontainer/fastcontainer/internal/node"
 	"github.com/fastcontainer/fastcontainer/internal/sandbox"
@@ -45,13 +46,23 @@ func (t target) Acquire(ctx context.Context, arrived time.Time) (dispatch.Lease,
 // machine is the node as control sees it.
 type machine struct{ n *node.Node }
 
-func (m machine) Start(ctx context.Context, rev fleet.Revision, cause string, stages *fleet.Stages) (control.Instance, error) {
-	i, err := m.n.Start(ctx, rev, cause, stages)
+func (m machine) Start(ctx context.Context, o control.Order) (control.Instance, error) {
+	i, err := m.n.Start(ctx, node.Order(o))
 	if err != nil {
 		return nil, err
 	}
 	return i, nil
 }
+
+func (m machine) Resize(i control.Instance, l sandbox.Limits, cause string, inputs map[string]float64) error {
+	inst, ok := i.(*node.Instance)
+	if !ok {
+		return fmt.Errorf("resize: %T is no instance of this node", i)
+	}
+	return m.n.Resize(inst, l, cause, inputs)
+}
+
+func (m machine) Vitals() homeostat.Vitals { return m.n.Vitals() }
 
 func (m machine) Stop(ctx context.Context, i control.Instance, cause string) error {
 	inst, ok := i.(*node.Instance)
@@ -188,6 +199,22 @@ func (l *lazy) Check() error {
 		return err
 	}
 	return rt.Check()
+}
+
+// Memory of its containers; 0 if there are none.
+func (l *lazy) Memory() (fleet.Bytes, error) {
+	l.mu.Lock()
+	rt := l.rt
+	l.mu.Unlock()
+	if m, ok := rt.(measured); ok {
+		return m.Memory()
+	}
+	return 0, nil
+}
+
+// measured is a runtime that knows what its containers use.
+type measured interface {
+	Memory() (fleet.Bytes, error)
 }
 
 func (l *lazy) Close() error {

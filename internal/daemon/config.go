@@ -50,6 +50,39 @@ type Config struct {
 	Sandbox SandboxConfig `yaml:"sandbox"`
 	Images  ImagesConfig  `yaml:"images"`
 	Holds   HoldsConfig   `yaml:"holds"`
+
+	Capacity CapacityConfig `yaml:"capacity"`
+}
+
+// CapacityConfig is what the instances of all apps may have together. They
+// reserve their resources at rest; what they really use decides when the
+// machine starves and digests its idle parts.
+type CapacityConfig struct {
+	// CPU is the number of cores that instances may use; 0 for all. Default 0.
+	CPU float64 `yaml:"cpu"`
+	// Memory is what they may use; 0 for the machine's. Default 0.
+	Memory fleet.Bytes `yaml:"memory"`
+	// CPUOvercommit is how many times cpu may be reserved: instances at rest seldom use theirs at once. Default 256.
+	CPUOvercommit float64 `yaml:"cpu_overcommit"`
+	// MemoryOvercommit is how many times memory may be reserved. Default 16.
+	MemoryOvercommit float64 `yaml:"memory_overcommit"`
+	// Starts is the most starts under way at once; 0 for 16 for each processor. Default 0.
+	Starts int `yaml:"starts"`
+}
+
+// cores and bytes that instances may really use.
+func (c CapacityConfig) cores() float64 {
+	if c.CPU > 0 {
+		return c.CPU
+	}
+	return cpus()
+}
+
+func (c CapacityConfig) bytes() fleet.Bytes {
+	if c.Memory > 0 {
+		return c.Memory
+	}
+	return memory()
 }
 
 // LogConfig is what the daemon says about itself, on standard error.
@@ -162,10 +195,11 @@ func Default() Config {
 			MaxBody: fleet.Bytes(d.MaxBody), MaxConns: d.MaxConns, MaxConnsPerIP: d.MaxConnsPerIP,
 			ResponseTimeout: fleet.Duration(d.ResponseTimeout),
 		},
-		Network: NetworkConfig{Bridge: "fc0", Subnet: "10.89.0.0/16"},
-		Sandbox: SandboxConfig{Cgroup: "/fastcontainer", UIDBase: 536870912, UIDCount: 16384, Pool: 4},
-		Images:  ImagesConfig{Refresh: fleet.Duration(5 * time.Minute), MaxSize: 20 << 30},
-		Holds:   HoldsConfig{PerApp: 1000, Total: 10000, Timeout: fleet.Duration(30 * time.Second)},
+		Network:  NetworkConfig{Bridge: "fc0", Subnet: "10.89.0.0/16"},
+		Sandbox:  SandboxConfig{Cgroup: "/fastcontainer", UIDBase: 536870912, UIDCount: 16384, Pool: 4},
+		Images:   ImagesConfig{Refresh: fleet.Duration(5 * time.Minute), MaxSize: 20 << 30},
+		Holds:    HoldsConfig{PerApp: 1000, Total: 10000, Timeout: fleet.Duration(30 * time.Second)},
+		Capacity: CapacityConfig{CPUOvercommit: 256, MemoryOvercommit: 16},
 	}
 }
 
@@ -272,6 +306,17 @@ func (c *Config) Validate() error {
 		if l.n < 1 {
 			bad(l.key, "%d: at least 1 is needed", l.n)
 		}
+	}
+	if k := c.Capacity; k.CPU < 0 || k.CPU > cpus() {
+		bad("capacity.cpu", "%g is not between 0 and the %g of this machine", k.CPU, cpus())
+	} else if k.Memory < 0 || k.Memory > memory() {
+		bad("capacity.memory", "%s is not between 0 and the %s of this machine", k.Memory, memory())
+	}
+	if k := c.Capacity; k.CPUOvercommit < 1 || k.MemoryOvercommit < 1 {
+		bad("capacity", "an overcommit below 1 would leave a part unused: at least 1")
+	}
+	if c.Capacity.Starts < 0 {
+		bad("capacity.starts", "%d is negative", c.Capacity.Starts)
 	}
 	if c.Holds.Timeout <= 0 {
 		bad("holds.timeout", "it must be more than 0")

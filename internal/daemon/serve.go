@@ -31,6 +31,7 @@ import (
 	"github.com/fastcontainer/fastcontainer/internal/etcd"
 	"github.com/fastcontainer/fastcontainer/internal/events"
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
+	"github.com/fastcontainer/fastcontainer/internal/homeostat"
 	"github.com/fastcontainer/fastcontainer/internal/image"
 	"github.com/fastcontainer/fastcontainer/internal/network"
 	"github.com/fastcontainer/fastcontainer/internal/node"
@@ -213,7 +214,9 @@ func (d *Daemon) open(ctx context.Context) error {
 		Name: fleet.NodeName(c.Node), Runtimes: d.runtimes, Images: d.images,
 		RunDir: filepath.Join(c.Run, "instances"), LogDir: data("logs"), VolumeDir: data("volumes"),
 		Logger: d.log, Events: d.events.Append, Registerer: d.metrics,
-		Gone: func(i *node.Instance) { d.control.Gone(i.Info().ID) },
+		Gone:    func(i *node.Instance) { d.control.Gone(i.Info().ID) },
+		Pressed: func(i *node.Instance) { d.control.Pressed(i.Info().ID) },
+		CPU:     c.Capacity.cores(), Memory: c.Capacity.bytes(), Used: d.usedMemory,
 	})
 	if err != nil {
 		return err
@@ -223,6 +226,9 @@ func (d *Daemon) open(ctx context.Context) error {
 	d.control, err = control.New(control.Config{
 		Node: machine{d.node}, Logger: d.log, Events: d.events.Append, Attach: dispatch.NewAttach(door),
 		HoldsPerApp: c.Holds.PerApp, HoldsTotal: c.Holds.Total, HoldTimeout: c.Holds.Timeout.Std(), Registerer: d.metrics,
+		Starts: c.Capacity.Starts, Capacity: homeostat.Claim{
+			CPU: c.Capacity.cores() * c.Capacity.CPUOvercommit, Memory: int64(float64(c.Capacity.bytes()) * c.Capacity.MemoryOvercommit),
+		},
 	})
 	if err != nil {
 		return err
@@ -440,13 +446,31 @@ func (d *Daemon) check(s fleet.Spec) error {
 	if err := rt.Check(); err != nil {
 		return bad(fmt.Errorf("runtime %s: %w", s.Isolation.Runtime, err), fleet.Hint(err))
 	}
-	if all := memory(); s.Resources.Memory.Peak > all {
-		return bad(fmt.Errorf("memory peak %s is more than this machine has", s.Resources.Memory.Peak), "at most "+all.String())
+	c := d.cfg.Capacity
+	if all := c.bytes(); max(s.Resources.Memory.Peak, s.Resources.Memory.Rest) > all {
+		return bad(fmt.Errorf("memory peak %s is more than instances may use on this machine", max(s.Resources.Memory.Peak, s.Resources.Memory.Rest)), "at most "+all.String())
 	}
-	if all := cpus(); s.Resources.CPU.Peak > all {
-		return bad(fmt.Errorf("cpu peak %g is more than this machine has", s.Resources.CPU.Peak), fmt.Sprintf("at most %g cores", all))
+	if all := c.cores(); max(s.Resources.CPU.Peak, s.Resources.CPU.Rest) > all {
+		return bad(fmt.Errorf("cpu peak %g is more than instances may use on this machine", max(s.Resources.CPU.Peak, s.Resources.CPU.Rest)), fmt.Sprintf("at most %g cores", all))
+	}
+	if n := int(min(c.cores()*c.CPUOvercommit/s.Resources.CPU.Rest, float64(c.bytes())*c.MemoryOvercommit/float64(s.Resources.Memory.Rest))); s.Scale.Min > n {
+		return bad(fmt.Errorf("scale.min %d instances do not fit on this machine with their resources at rest", s.Scale.Min), fmt.Sprintf("at most %d, or less at rest, or a larger overcommit in the configuration", n))
 	}
 	return nil
+}
+
+// usedMemory of all instances.
+func (d *Daemon) usedMemory() (fleet.Bytes, error) {
+	var sum fleet.Bytes
+	var errs []error
+	for _, rt := range d.runtimes {
+		if m, ok := rt.(measured); ok {
+			n, err := m.Memory()
+			sum += n
+			errs = append(errs, err)
+		}
+	}
+	return sum, errors.Join(errs...)
 }
 
 // memory of this machine.

@@ -116,6 +116,8 @@ func (l *fakeLease) end() {
 	}
 }
 
+func (l *fakeLease) Streams() {}
+
 func (l *fakeLease) Release(failed bool) {
 	l.end()
 	l.t.released.Add(1)

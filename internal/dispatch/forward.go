@@ -345,6 +345,7 @@ func (t *transfer) copyStream(src io.Reader, left *int64) error {
 	if t.head.events {
 		silence = x.s.cfg.TunnelTimeout
 		x.stream = true
+		x.lease.Streams()
 		done := make(chan struct{})
 		watch.Go(func() { t.endOn(done, x.s.stopping) })
 		defer func() { close(done); watch.Wait() }()

@@ -29,6 +29,7 @@ func (x *exchange) forwardGRPC(in *instance) result {
 		out.Body = nil
 	}
 	x.stream = true
+	x.lease.Streams()
 	done := make(chan struct{})
 	var watch sync.WaitGroup
 	watch.Go(func() {

@@ -43,6 +43,9 @@ type Lease interface {
 	// Answered tells, where there are Stages, how long the connection took and
 	// from then on the first byte of the response.
 	Answered(connect, firstByte time.Duration)
+	// Streams tells that the exchange became a long-lived stream: it keeps its
+	// slot, and its length says nothing about the load.
+	Streams()
 	// Closing is closed when the instance wants to be rid of long-lived streams
 	// (WebSocket, server-sent events): its drain time is over.
 	Closing() <-chan struct{}

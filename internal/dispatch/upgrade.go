@@ -32,6 +32,7 @@ func (t *transfer) switchProtocols(block string) result {
 	}
 	t.upgraded = true
 	x.protocol, x.stream, x.code = protoUpgrade, true, http.StatusSwitchingProtocols
+	x.lease.Streams()
 	head := append([]byte("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: "), t.head.upgrade...)
 	head = append(head, "\r\n"...)
 	for name, values := range h {

@@ -63,6 +63,11 @@ type Load struct {
 	Start time.Duration
 	// Spare is how many of the machine's cores nobody uses; negative: not known.
 	Spare float64
+	// Streams are long-lived exchanges, which keep a slot each and are not
+	// among those InFlight.
+	Streams int
+	// Full: the machine has no room for more of this app at present.
+	Full bool
 	// Lean: the machine is starving, so nothing is made bigger.
 	Lean bool
 }
@@ -110,7 +115,7 @@ func Decide(p Policy, l Load, t *Trend) Plan {
 	plan.Limit, plan.LimitCause = t.limit(p, l)
 	plan.Look = t.look(p, l)
 	start := want - have
-	if start <= 0 {
+	if start <= 0 || l.Full && have > 0 {
 		return plan
 	}
 	if rest := Backoff(l.Failures) - l.SinceFailure; l.Failures > 0 && rest > 0 {

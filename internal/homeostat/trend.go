@@ -206,7 +206,7 @@ func (t *Trend) held() int { return max(t.most[0], t.most[1]) }
 // need is how many instances the load needs, and why more than there are. It
 // is never more than one for each request.
 func (t *Trend) need(p Policy, l Load) (int, string) {
-	asked := l.Waiting + l.InFlight
+	asked := l.Waiting + l.InFlight + l.Streams
 	if asked == 0 {
 		return 0, ""
 	}
@@ -238,13 +238,14 @@ func (t *Trend) need(p Policy, l Load) (int, string) {
 // busy, and the queue should be gone by the time that a start takes. Without
 // knowing them everyone who waits gets one.
 func (t *Trend) slots(l Load) float64 {
-	all := float64(l.Waiting + l.InFlight)
+	all := float64(l.Waiting + l.InFlight + l.Streams)
 	service := max(t.Service(), t.silent).Seconds()
 	if l.Waiting == 0 || service == 0 || l.Ready == 0 {
 		return all
 	}
 	gone := max(l.Start, settle).Seconds()
-	return min(all, max(float64(l.InFlight), t.Rate()*service+float64(l.Waiting)*service/gone))
+	busy := float64(l.InFlight + l.Streams)
+	return min(all, max(busy, t.Rate()*service+float64(l.Streams)+float64(l.Waiting)*service/gone))
 }
 
 // cores is how many instances the work needs when one may use its peak. More
@@ -297,7 +298,7 @@ func (t *Trend) look(p Policy, l Load) time.Duration {
 	if l.Ready == 0 {
 		return 0
 	}
-	if l.InFlight+l.Waiting == 0 && t.arrived < 0.5 && l.limitOf(p) <= p.CPU.Rest && t.held() <= 1 {
+	if l.InFlight+l.Waiting+l.Streams == 0 && t.arrived < 0.5 && l.limitOf(p) <= p.CPU.Rest && t.held() <= 1 {
 		return 0
 	}
 	if t.hot > 0 || t.slow > 0 || l.Waiting > 0 {

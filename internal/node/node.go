@@ -51,6 +51,14 @@ type Config struct {
 	Registerer prometheus.Registerer
 	// Gone is called when a ready instance ended by itself. It must not block.
 	Gone func(*Instance)
+	// Pressed is called when an instance's memory comes near its limit, which
+	// is below its peak; it may Resize. May be nil.
+	Pressed func(*Instance)
+	// Memory and CPU that all instances together may use; 0: the machine's.
+	Memory fleet.Bytes
+	CPU    float64
+	// Used is the memory that they use; may be nil.
+	Used func() (fleet.Bytes, error)
 }
 
 // Node is this machine's instances.
@@ -60,6 +68,8 @@ type Node struct {
 	closing chan struct{}
 	watches sync.WaitGroup
 	probing atomic.Int64 // starts that wait for their port
+	vitals  *vitals
+	alarms  sync.Once // says that there are none
 
 	mu        sync.Mutex
 	instances map[fleet.InstanceID]*Instance
@@ -72,7 +82,7 @@ func New(c Config) (*Node, error) {
 			return nil, fmt.Errorf("make directory of the node: %w", err)
 		}
 	}
-	n := &Node{cfg: c, closing: make(chan struct{}), instances: map[fleet.InstanceID]*Instance{}}
+	n := &Node{cfg: c, closing: make(chan struct{}), vitals: newVitals(c), instances: map[fleet.InstanceID]*Instance{}}
 	var err error
 	if n.metrics, err = newMetrics(c.Registerer, n); err != nil {
 		return nil, err
@@ -89,9 +99,11 @@ type Instance struct {
 	end     sync.Once
 	log     string
 
+	sizing  sync.Mutex // one Resize at a time
 	mu      sync.Mutex
 	info    fleet.Instance
 	limits  sandbox.Limits
+	disarm  func()        // the memory alarm; nil: there is none
 	stopped chan struct{} // closed when nothing is left of it
 	// readyAt with its monotonic part: clocks may jump.
 	readyAt time.Time
@@ -132,25 +144,52 @@ func (i *Instance) move(to fleet.State) error {
 	return err
 }
 
-// Start makes an instance of a revision and returns when it is ready. stages
-// holds what is known of the start so far and gets the rest; the caller makes
-// the ready event of it. If ctx ends the start is given up and nothing is left.
-func (n *Node) Start(ctx context.Context, rev fleet.Revision, cause string, stages *fleet.Stages) (*Instance, error) {
+// CPU reads what its cgroup says about the processor.
+func (i *Instance) CPU() (sandbox.Stats, error) { return i.box.CPU() }
+
+// OutOfMemory tells of an instance that has ended whether that was why.
+func (i *Instance) OutOfMemory() bool {
+	select {
+	case <-i.box.Done():
+		return i.box.Exit().OOM
+	default:
+		return false
+	}
+}
+
+// Order is a start that somebody wants.
+type Order struct {
+	Revision fleet.Revision
+	// Cause and the numbers behind it.
+	Cause  string
+	Inputs map[string]float64
+	// Stages hold what is known of the start so far and get the rest.
+	Stages *fleet.Stages
+	// Limits once it is ready; a zero stands for what the revision has at rest.
+	Limits sandbox.Limits
+}
+
+// Start makes an instance and returns when it is ready; the caller makes the
+// ready event of the order's stages. If ctx ends the start is given up and
+// nothing is left.
+func (n *Node) Start(ctx context.Context, o Order) (*Instance, error) {
+	rev := o.Revision
 	id := fleet.NewInstanceID(rev.App)
-	began := time.Now()
 	i := &Instance{
-		node: n, rev: rev, stopped: make(chan struct{}), release: func() {},
+		node: n, rev: rev, stopped: make(chan struct{}), release: func() {}, limits: o.Limits,
 		info: fleet.Instance{
 			ID: id, App: rev.App, Revision: rev.ID, Image: rev.Image, Node: n.cfg.Name,
-			State: fleet.StateStarting, Kind: fleet.ColdStart, StartedAt: began,
+			State: fleet.StateStarting, Kind: fleet.ColdStart, StartedAt: time.Now(),
 		},
 	}
-	n.event(i, fleet.EventStart, cause, "")
+	e := n.newEvent(i, fleet.EventStart, o.Cause)
+	e.Inputs = o.Inputs
+	n.cfg.Events(e)
 	n.mu.Lock()
 	n.instances[id] = i
 	n.mu.Unlock()
-	err := n.start(ctx, i, stages)
-	n.metrics.started(err, stages, fleet.ColdStart)
+	err := n.start(ctx, i, o.Stages)
+	n.metrics.started(err, o.Stages, fleet.ColdStart)
 	if err != nil {
 		n.report(i, "start failed", err)
 		_ = n.remove(context.Background(), i) // logged
@@ -180,10 +219,10 @@ func (n *Node) start(ctx context.Context, i *Instance, stages *fleet.Stages) err
 	i.log = want.Log
 	// A start may use all that it will ever be given: it is soon over, and
 	// somebody waits for it.
-	resting := want.Limits
-	if peak := spec.Resources.CPU.Peak; peak > want.Limits.CPU {
-		want.Limits.CPU = peak
-	}
+	resting := within(i.limits, want.Limits)
+	want.Limits = resting
+	want.Limits.CPU = max(resting.CPU, spec.Resources.CPU.Peak)
+	want.Limits.Memory = max(resting.Memory, spec.Resources.Memory.Peak)
 	ctx, cancel := context.WithTimeoutCause(ctx, spec.Ready.Timeout.Std(), errNotReady)
 	defer cancel()
 	if i.box, err = rt.Start(ctx, want); err != nil {
@@ -202,9 +241,7 @@ func (n *Node) start(ctx context.Context, i *Instance, stages *fleet.Stages) err
 	}
 	stages.Listen = time.Since(executed).Microseconds()
 	if resting != want.Limits {
-		if err := i.box.Resize(resting); err != nil {
-			n.cfg.Logger.Warn("return to rest", "instance", i.info.ID, "error", err)
-		}
+		resting = n.rest(i, resting, want.Limits)
 	}
 	i.mu.Lock()
 	i.limits = resting
@@ -220,8 +257,39 @@ func (n *Node) start(ctx context.Context, i *Instance, stages *fleet.Stages) err
 	if err := n.save(i); err != nil {
 		return err
 	}
+	n.arm(i)
 	n.watch(i)
 	return nil
+}
+
+// within lays limits over those at rest.
+func within(l, rest sandbox.Limits) sandbox.Limits {
+	if l.CPU > 0 {
+		rest.CPU = l.CPU
+	}
+	if l.CPUWeight > 0 {
+		rest.CPUWeight = l.CPUWeight
+	}
+	if l.Memory > 0 {
+		rest.Memory = l.Memory
+	}
+	return rest
+}
+
+// rest takes from a ready instance what it had for its start alone, but leaves
+// it the memory that it uses, with air. It returns what is in force.
+func (n *Node) rest(i *Instance, rest, now sandbox.Limits) sandbox.Limits {
+	if now.Memory > rest.Memory {
+		if s, err := i.box.Stats(); err == nil && s.Memory > rest.Memory-rest.Memory/8 {
+			rest.Memory = min(s.Memory+s.Memory/4, now.Memory)
+		}
+	}
+	err := i.box.Resize(rest)
+	if err == nil {
+		return rest
+	}
+	n.cfg.Logger.Warn("return to rest", "instance", i.info.ID, "error", err)
+	return now
 }
 
 // lifetime of one instance: up to a tenth shorter than its spec's, so that
@@ -245,7 +313,11 @@ func (n *Node) watch(i *Instance) {
 		if expected {
 			return
 		}
-		n.report(i, "ended by itself", exitError(i.box.Exit()))
+		cause := "ended by itself"
+		if i.box.Exit().OOM {
+			cause = "killed for lack of memory"
+		}
+		n.report(i, cause, exitError(i.box.Exit()))
 		if n.cfg.Gone != nil {
 			n.cfg.Gone(i)
 		}
@@ -322,6 +394,9 @@ func (n *Node) removeOnce(ctx context.Context, i *Instance) error {
 		n.cfg.Logger.Warn("remove instance state", "instance", i.info.ID, "error", rerr)
 	}
 	i.release()
+	i.mu.Lock()
+	i.quiet()
+	i.mu.Unlock()
 	_ = i.move(fleet.StateAbsent)
 	n.mu.Lock()
 	delete(n.instances, i.info.ID)
@@ -422,16 +497,97 @@ func (i *Instance) Exec(ctx context.Context, p sandbox.Process) (int, error) {
 	return i.box.Exec(ctx, p)
 }
 
-// Resize changes the limits of a running instance.
-func (n *Node) Resize(i *Instance, l sandbox.Limits, cause string) error {
+// Resize changes the limits of a running instance; zeros leave a number as it
+// is. The event has the cause and the numbers behind it.
+func (n *Node) Resize(i *Instance, l sandbox.Limits, cause string, inputs map[string]float64) error {
+	i.sizing.Lock()
+	defer i.sizing.Unlock()
+	before := i.Limits()
+	l.PIDs = before.PIDs
+	l = within(l, before)
+	if l == before {
+		return nil
+	}
 	if err := i.box.Resize(l); err != nil {
 		return err
 	}
 	i.mu.Lock()
 	i.limits = l
 	i.mu.Unlock()
-	n.event(i, fleet.EventResize, cause, fmt.Sprintf("cpu %g, memory %s", l.CPU, l.Memory))
+	if l.Memory != before.Memory {
+		n.arm(i)
+	}
+	if i.Info().State == fleet.StateReady {
+		if err := n.save(i); err != nil {
+			n.cfg.Logger.Warn("save instance", "instance", i.info.ID, "error", err)
+		}
+	}
+	if l.CPU == before.CPU && l.Memory == before.Memory {
+		return nil // its weight is nobody's news
+	}
+	e := n.newEvent(i, fleet.EventResize, cause)
+	e.Inputs = inputs
+	e.Detail = change("cpu", before.CPU, l.CPU, "%g")
+	if d := change("memory", before.Memory, l.Memory, "%s"); d != "" {
+		e.Detail = strings.Trim(e.Detail+", "+d, ", ")
+	}
+	n.cfg.Events(e)
 	return nil
+}
+
+func change[T comparable](name string, from, to T, format string) string {
+	if from == to {
+		return ""
+	}
+	return fmt.Sprintf("%s "+format+" to "+format, name, from, to)
+}
+
+// rearm is how long an instance that could not be given more is left alone.
+const rearm = time.Second
+
+// arm sets the memory alarm of an instance that could be given more: an eighth
+// below its limit.
+func (n *Node) arm(i *Instance) {
+	if n.cfg.Pressed == nil {
+		return
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.quiet()
+	limit := i.limits.Memory
+	if limit <= 0 || limit >= i.rev.Spec.Resources.Memory.Peak || i.info.State != fleet.StateReady {
+		return
+	}
+	stop, err := i.box.Alarm(limit-max(limit/8, 4<<20), func() { n.ring(i, limit) })
+	if err != nil {
+		n.alarms.Do(func() {
+			n.cfg.Logger.Warn("no memory alarms: an instance gets more memory only when it is looked at", "error", err)
+		})
+		return
+	}
+	i.disarm = stop
+}
+
+// quiet turns the alarm off. The caller holds the lock.
+func (i *Instance) quiet() {
+	if i.disarm != nil {
+		i.disarm()
+		i.disarm = nil
+	}
+}
+
+func (n *Node) ring(i *Instance, limit fleet.Bytes) {
+	if s, err := i.box.Stats(); err != nil || s.Memory < limit-limit/4 {
+		return // it has fallen
+	}
+	n.cfg.Pressed(i)
+	if i.Limits().Memory > limit {
+		return
+	}
+	i.mu.Lock()
+	i.quiet()
+	i.mu.Unlock()
+	time.AfterFunc(rearm, func() { n.arm(i) })
 }
 
 func (n *Node) newEvent(i *Instance, t fleet.EventType, cause string) fleet.Event {
@@ -573,7 +729,12 @@ func (n *Node) adopt(ctx context.Context, path string) (*Instance, error) {
 	n.mu.Lock()
 	n.instances[i.info.ID] = i
 	n.mu.Unlock()
+	// The earlier daemon may have ended in the middle of a change.
+	if err := box.Resize(s.Limits); err != nil {
+		n.cfg.Logger.Warn("set limits of an adopted instance", "instance", i.info.ID, "error", err)
+	}
 	n.event(i, fleet.EventAdopt, "daemon restarted", "")
+	n.arm(i)
 	n.watch(i)
 	return i, nil
 }

@@ -165,7 +165,7 @@ var server = []string{"httpd", "-f", "-p", "8080", "-h", "/www"}
 
 func (b *bench) start(rev fleet.Revision) (*Instance, *fleet.Stages, error) {
 	stages := &fleet.Stages{}
-	i, err := b.node.Start(b.t.Context(), rev, "test", stages)
+	i, err := b.node.Start(b.t.Context(), Order{Revision: rev, Cause: "test", Stages: stages})
 	return i, stages, err
 }
 

@@ -1,0 +1,321 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"github.com/fastcontainer/fastcontainer/internal/fleet"
+	"github.com/fastcontainer/fastcontainer/internal/homeostat"
+)
+
+// ledger counts what the instances of all apps reserve of this machine, and
+// decides who may start the next one: the app that has least for its weight.
+// Only starts and ends touch it.
+type ledger struct {
+	capacity homeostat.Claim // 0: not bounded
+	parallel int             // most starts at once
+	wanted   chan struct{}   // somebody needs room
+
+	mu       sync.Mutex
+	claimed  homeostat.Claim
+	starting int
+	accounts map[*App]*account
+	queue    []*ticket
+}
+
+// account is one app's part. It exists while the app has instances, starts or
+// asks for one.
+type account struct {
+	weight    float64
+	instances int // ready, starting and ending ones
+	starting  int
+	waiting   int
+	claimed   homeostat.Claim
+	digested  bool // in the last digestion
+}
+
+// ticket is a start that waits for its turn.
+type ticket struct {
+	app   *App
+	acc   *account
+	claim homeostat.Claim
+	turn  chan error // one value
+}
+
+func newLedger(capacity homeostat.Claim, parallel int) *ledger {
+	return &ledger{capacity: capacity, parallel: parallel, wanted: make(chan struct{}, 1), accounts: map[*App]*account{}}
+}
+
+var errFull = errors.New("the machine is full, and the app has its share of it")
+
+// hungry asks for a digestion soon.
+func (g *ledger) hungry() {
+	select {
+	case g.wanted <- struct{}{}:
+	default:
+	}
+}
+
+// weight of an app by its priority: 50 is one.
+func weight(priority int) float64 { return float64(max(priority, 1)) / 50 }
+
+// admit waits until one more instance may be started. It fails with errFull
+// when there is no room and the app has its share already.
+func (g *ledger) admit(ctx context.Context, a *App, claim homeostat.Claim, priority int) error {
+	g.mu.Lock()
+	acc := g.accounts[a]
+	if acc == nil {
+		acc = &account{}
+		g.accounts[a] = acc
+	}
+	acc.weight = weight(priority)
+	t := &ticket{app: a, acc: acc, claim: claim, turn: make(chan error, 1)}
+	acc.waiting++
+	g.queue = append(g.queue, t)
+	g.grant()
+	short := len(g.queue) > 0 && !g.room(claim)
+	g.mu.Unlock()
+	if short {
+		g.hungry()
+	}
+	select {
+	case err := <-t.turn:
+		return err
+	case <-ctx.Done():
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	select {
+	case err := <-t.turn:
+		if err == nil {
+			g.giveBack(a, claim, true)
+		}
+	default:
+		for i, q := range g.queue {
+			if q == t {
+				g.queue = append(g.queue[:i], g.queue[i+1:]...)
+				break
+			}
+		}
+		acc.waiting--
+		g.forget(a, acc)
+	}
+	return context.Cause(ctx)
+}
+
+func (g *ledger) room(claim homeostat.Claim) bool {
+	c := g.capacity
+	if c.CPU <= 0 {
+		claim.CPU = 0
+	}
+	if c.Memory <= 0 {
+		claim.Memory = 0
+	}
+	return homeostat.Fits(c, g.claimed, claim, 1) == 1
+}
+
+// share is what an app has, divided by what is its due among those that have
+// or want something. The caller holds the lock.
+func (g *ledger) share(acc *account) float64 {
+	sum := 0.0
+	for _, o := range g.accounts {
+		sum += o.weight
+	}
+	part := homeostat.Part(g.capacity, acc.claimed)
+	if sum == 0 || acc.weight == 0 {
+		return part
+	}
+	return part * sum / acc.weight
+}
+
+// grant lets those begin who have least for their weight, as long as there is
+// room, and sends away those who have their share. The caller holds the lock.
+func (g *ledger) grant() {
+	for len(g.queue) > 0 {
+		best := -1
+		var least float64
+		for i, t := range g.queue {
+			// Of two with as much, the one that starts less: so a stampede
+			// of one app does not delay the first instance of another.
+			have := (homeostat.Part(g.capacity, t.acc.claimed) + float64(t.acc.starting)/float64(g.parallel)) / t.acc.weight
+			if best < 0 || have < least {
+				best, least = i, have
+			}
+		}
+		t := g.queue[best]
+		fits := g.room(t.claim)
+		if fits && g.starting >= g.parallel {
+			return
+		}
+		if !fits {
+			if !g.sendAway() {
+				return
+			}
+			continue
+		}
+		g.queue = append(g.queue[:best], g.queue[best+1:]...)
+		t.acc.waiting--
+		t.acc.starting++
+		t.acc.instances++
+		t.acc.claimed = t.acc.claimed.Add(t.claim, 1)
+		g.claimed = g.claimed.Add(t.claim, 1)
+		g.starting++
+		t.turn <- nil
+	}
+}
+
+// sendAway refuses the tickets of apps that have their share of a full
+// machine. The caller holds the lock.
+func (g *ledger) sendAway() bool {
+	kept := g.queue[:0]
+	for _, t := range g.queue {
+		if t.acc.instances > 0 && g.share(t.acc) >= 1 {
+			t.acc.waiting--
+			t.turn <- errFull
+			continue
+		}
+		kept = append(kept, t)
+	}
+	gone := len(kept) < len(g.queue)
+	clear(g.queue[len(kept):])
+	g.queue = kept
+	return gone
+}
+
+// started ends the start of an instance, which goes on to be counted.
+func (g *ledger) started(a *App) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.starting--
+	if acc := g.accounts[a]; acc != nil {
+		acc.starting--
+	}
+	g.grant()
+}
+
+// adopted counts an instance that was there before.
+func (g *ledger) adopted(a *App, claim homeostat.Claim, priority int) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	acc := g.accounts[a]
+	if acc == nil {
+		acc = &account{}
+		g.accounts[a] = acc
+	}
+	acc.weight = weight(priority)
+	acc.instances++
+	acc.claimed = acc.claimed.Add(claim, 1)
+	g.claimed = g.claimed.Add(claim, 1)
+}
+
+// ended gives back what an instance had.
+func (g *ledger) ended(a *App, claim homeostat.Claim, starting bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.giveBack(a, claim, starting)
+	g.grant()
+}
+
+func (g *ledger) giveBack(a *App, claim homeostat.Claim, starting bool) {
+	acc := g.accounts[a]
+	acc.instances--
+	if starting {
+		acc.starting--
+		g.starting--
+	}
+	acc.claimed = acc.claimed.Add(claim, -1)
+	g.claimed = g.claimed.Add(claim, -1)
+	g.forget(a, acc)
+}
+
+func (g *ledger) forget(a *App, acc *account) {
+	if acc.instances == 0 && acc.waiting == 0 {
+		delete(g.accounts, a)
+		if len(g.accounts) == 0 {
+			g.claimed = homeostat.Claim{} // no crumbs of floating point
+		}
+	}
+}
+
+// rooms is how many starts wait for room.
+func (g *ledger) rooms() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	n := 0
+	for _, t := range g.queue {
+		if !g.room(t.claim) {
+			n++
+		}
+	}
+	return n
+}
+
+// party is an app with instances, for the digestion.
+type party struct {
+	app      *App
+	share    float64
+	digested bool
+}
+
+func (g *ledger) parties() []party {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	list := make([]party, 0, len(g.accounts))
+	for a, acc := range g.accounts {
+		if acc.instances > 0 {
+			list = append(list, party{a, g.share(acc), acc.digested})
+		}
+	}
+	return list
+}
+
+// births keeps how long an app's last starts took.
+type births struct {
+	took [16]time.Duration
+	n    int
+}
+
+func (b *births) add(d time.Duration) {
+	b.took[b.n%len(b.took)] = d
+	b.n++
+}
+
+// of the last starts, those at two places in the order of their durations.
+func (b *births) quantiles() (p50, p99 time.Duration) {
+	n := min(b.n, len(b.took))
+	if n == 0 {
+		return 0, 0
+	}
+	s := b.took
+	for i := 1; i < n; i++ { // so few are sorted where they are
+		for j := i; j > 0 && s[j] < s[j-1]; j-- {
+			s[j], s[j-1] = s[j-1], s[j]
+		}
+	}
+	return s[n/2], s[n-1]
+}
+
+func (b *births) usual() time.Duration {
+	if b == nil {
+		return 0
+	}
+	p50, _ := b.quantiles()
+	return p50
+}
+
+// crowded is whether an app has so many of the holds of this node that one
+// more of it would be at the cost of others: beyond half of all, apps that
+// wait share alike.
+func (k *Control) crowded(held int) bool {
+	total, all := int64(k.cfg.HoldsTotal), k.holds.Load()
+	if all >= total {
+		return true
+	}
+	return all >= total/2 && int64(held) >= total/(k.holding.Load()+1)
+}
+
+func full(name fleet.AppName) error {
+	return &fleet.Error{Op: "route to", Subject: string(name), Kind: fleet.ErrOverloaded, Err: errFull, Hint: "try again soon; on this machine other apps need their share"}
+}
