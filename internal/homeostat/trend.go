@@ -27,31 +27,37 @@ type Sample struct {
 type Trend struct {
 	// Sums of the last second or so, in seconds: older parts fade.
 	span, arrived, answered, busy, cpu float64
-	// use is the cores in use over the last period or so, usual the response
+	// use is the cores in use over the last period or so, inflow the requests
+	// per second that arrived in it, usual the response
 	// time in seconds when all is well, silent how long nothing was answered
 	// although something was asked.
-	use, usual float64
-	silent     time.Duration
+	use, inflow, usual float64
+	silent             time.Duration
 
-	hot  time.Duration // for how long the processor limit has been in the way
-	full time.Duration // the same, at the peak
-	cool time.Duration // for how long less than the limit at rest was enough
-	slow time.Duration // for how long responses took longer than usual
-	calm time.Duration // for how long nothing of this was seen
-	most [2]int        // instances needed in this and in the last stretch
-	age  time.Duration // of this stretch
+	tight time.Duration // for how long all that is allowed has been used
+	hot   time.Duration // for how long the processor limit has been in the way
+	full  time.Duration // the same, at the peak
+	cool  time.Duration // for how long less than the limit at rest was enough
+	slow  time.Duration // for how long responses took longer than usual
+	calm  time.Duration // for how long nothing of this was seen
+	most  [2]int        // instances needed in this and in the last stretch
+	age   time.Duration // of this stretch
 }
 
 const (
 	// memory of the sums, and of use: about a second, and one period of the
 	// kernel's processor limit.
 	memory, period = time.Second, 100 * time.Millisecond
+	// moment at the processor limit that is no chance.
+	moment = 20 * time.Millisecond
 	// stretch: what was needed is kept for one to two of these.
 	stretch = 5 * time.Second
 	// cooling is how long calm must last before a limit is lowered.
 	cooling = 2 * time.Second
 	// slowness: so much longer than usual, and at least so long, is slow.
 	slowness, leastSlow = 3, 10 * time.Millisecond
+	// catchUp is how soon what waits inside the instances should be done.
+	catchUp = 500 * time.Millisecond
 	// patience: for how long one instance may be slow before it gets a
 	// sibling. Every further one takes four times as much: a sibling that does
 	// not help is not followed by many.
@@ -103,6 +109,7 @@ func (t *Trend) Add(p Policy, s Sample) {
 	now := s.CPU.Seconds() / span
 	keep = math.Exp(-span / period.Seconds())
 	t.use = t.use*keep + now*(1-keep)
+	t.inflow = t.inflow*keep + float64(s.Arrived)/span*(1-keep)
 	switch {
 	case s.Answered > 0 || s.InFlight == 0:
 		t.silent = 0
@@ -145,8 +152,15 @@ func (t *Trend) heat(p Policy, s Sample, now float64) {
 		return
 	}
 	// An instance may use a whole period's quota at once. Half of it gone,
-	// faster than it comes back, says that the rest will be gone too.
-	burst := (t.use*period.Seconds() >= all*period.Seconds()/2 || now*s.Span.Seconds() >= all*period.Seconds()/2) && now >= 0.9*all
+	// faster than it comes back, says that the rest will be gone too; and so
+	// does a moment at the limit.
+	if now >= 0.9*all && s.InFlight > 0 {
+		t.tight += s.Span
+	} else {
+		t.tight = 0
+	}
+	quota := all * period.Seconds()
+	burst := t.tight > 0 && (max(t.use*period.Seconds(), now*s.Span.Seconds()) >= quota/2 || t.tight >= moment)
 	throttled := s.Throttled > 0 && 4*s.Throttled >= s.Periods
 	if s.InFlight > 0 && (burst || throttled || t.use >= 0.9*all) {
 		t.hot += s.Span
@@ -266,7 +280,7 @@ func (t *Trend) cores(p Policy, l Load) int {
 	if t.full < settle/4 || behind < gone/2 {
 		return min(n, l.Ready)
 	}
-	n = max(n, ceil((t.Rate()*cost+float64(l.InFlight)*cost/max(gone, 1))/(peak*target)))
+	n = max(n, ceil((max(t.Rate(), t.inflow)*cost+float64(l.InFlight)*cost/max(gone, catchUp.Seconds()))/(peak*target)))
 	if l.Spare >= 0 {
 		n = min(n, l.Ready+ceil(l.Spare/peak-0.25))
 	}
