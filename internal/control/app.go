@@ -34,6 +34,8 @@ type App struct {
 	births *births // nil before the first
 	// fullUntil: the machine had no room; asking again is useless before.
 	fullUntil time.Time
+	// leanUntil: it gave its peak to others.
+	leanUntil time.Time
 	stopped   bool
 	removed   bool
 	ready     []*member

@@ -17,6 +17,8 @@ const (
 	// feast is the longest that a digestion goes on, and rest how long it then
 	// pauses: too much of it would be worse than hunger.
 	feast, rest = 30 * time.Second, 5 * time.Second
+	// lean is how long an app whose peak was digested stays at rest.
+	lean = 5 * time.Second
 	// fresh is how soon after a broken exchange an instance counts as failing.
 	fresh = 10 * time.Second
 )
@@ -48,7 +50,7 @@ func (k *Control) autophagy() {
 			}
 		}
 		switch {
-		case !starving:
+		case !starving: // it is fed
 			since = time.Time{}
 		case since.IsZero():
 			since = now
@@ -56,7 +58,6 @@ func (k *Control) autophagy() {
 			since, until = time.Time{}, now.Add(rest)
 			k.cfg.Logger.Warn("the machine still starves after a long digestion, which pauses now", "pause", rest)
 		}
-		k.starving.Store(starving)
 		timer.Reset(pace)
 	}
 }
@@ -112,6 +113,7 @@ func (a *App) cells(now time.Time, number int, p party, cells []homeostat.Cell, 
 		c := homeostat.Cell{
 			App: number, Priority: a.policy.Priority, InFlight: m.inflight, Unused: life.Unused,
 			Surplus: place > a.active, Outdated: life.Outdated, Growing: m.growth >= leaking, Failing: !m.brokeAt.IsZero() && now.Sub(m.brokeAt) < fresh,
+			Hot:      a.trend.Hot() > 0,
 			Siblings: serving, Min: a.policy.Min, Share: p.share, Digested: p.digested,
 			Memory: m.memory, MemoryLimit: int64(limits.Memory), MemoryRest: a.policy.Memory.Rest, CPU: limits.CPU, CPURest: a.policy.CPU.Rest,
 		}
@@ -140,11 +142,17 @@ func (a *App) digest(now time.Time, m *member, c homeostat.Cell, b homeostat.Bit
 		a.retire(m, b.Cause)
 		return true
 	}
-	a.limit = a.policy.CPU.Rest
-	l := sandbox.Limits{CPU: a.policy.CPU.Rest}
-	if c.Memory < c.MemoryRest {
-		l.Memory = fleet.Bytes(c.MemoryRest)
+	if inputs["lacks_cpu"] > 0 && c.CPU > c.CPURest {
+		a.leanUntil = now.Add(lean)
+		a.limit = a.policy.CPU.Rest
+		for _, s := range a.ready {
+			if !s.retiring {
+				a.resize(s, sandbox.Limits{CPU: a.limit}, b.Cause, inputs)
+			}
+		}
 	}
-	a.resize(m, l, b.Cause, inputs)
+	if c.Memory < c.MemoryRest && c.MemoryLimit > c.MemoryRest {
+		a.resize(m, sandbox.Limits{Memory: fleet.Bytes(c.MemoryRest)}, b.Cause, inputs)
+	}
 	return true
 }

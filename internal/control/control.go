@@ -96,13 +96,11 @@ type Control struct {
 	holding atomic.Int64 // apps that have some
 	ledger  *ledger
 	unread  sync.Once
-	// vitals as last felt, and whether the machine is digesting.
-	vitals   atomic.Pointer[homeostat.Vitals]
-	starving atomic.Bool
-	ctx      context.Context //nolint:containedctx // the life of starts, which outlive the requests that caused them
-	cancel   context.CancelCauseFunc
-	work     sync.WaitGroup
-	closed   atomic.Bool
+	vitals  atomic.Pointer[homeostat.Vitals] // as last felt
+	ctx     context.Context                  //nolint:containedctx // the life of starts, which outlive the requests that caused them
+	cancel  context.CancelCauseFunc
+	work    sync.WaitGroup
+	closed  atomic.Bool
 
 	mu   sync.Mutex
 	apps map[fleet.AppName]*App

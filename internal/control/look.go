@@ -278,7 +278,7 @@ func (a *App) pressed(id fleet.InstanceID) {
 func (a *App) load(now time.Time) homeostat.Load {
 	l := homeostat.Load{
 		Starting: a.starting, Failures: a.failures, InFlight: 0, Limit: a.limit,
-		Start: a.births.usual(), Spare: -1, Full: now.Before(a.fullUntil),
+		Start: a.births.usual(), Spare: -1, Full: now.Before(a.fullUntil), Lean: now.Before(a.leanUntil),
 	}
 	for _, m := range a.ready {
 		if !m.retiring {
@@ -294,7 +294,7 @@ func (a *App) load(now time.Time) homeostat.Load {
 		l.SinceFailure = now.Sub(a.failedAt)
 	}
 	if v := a.k.vitals.Load(); v != nil {
-		l.Spare, l.Lean = v.Idle, a.k.starving.Load()
+		l.Spare = v.Idle
 	}
 	return l
 }

@@ -39,7 +39,7 @@ func Part(capacity, c Claim) float64 {
 // Grow is the next limit for an instance that came near its present one, when
 // the machine has so much free: half as much again, within the peak; 0: none.
 func Grow(p Policy, limit, free int64) int64 {
-	next := min(limit+max(limit/2, 16<<20), p.Memory.Most())
+	next := min(whole(limit+max(limit/2, 16<<20)), p.Memory.Most())
 	if next <= limit || next-limit > free {
 		return 0
 	}
@@ -49,9 +49,12 @@ func Grow(p Policy, limit, free int64) int64 {
 // Shrink is the next lower limit for an instance that has used no more than
 // that for a while: halfway back to rest, with air above what is used; 0: none.
 func Shrink(p Policy, limit, used int64) int64 {
-	next := max(p.Memory.Rest, used+used/2, limit-max((limit-p.Memory.Rest)/2, 16<<20))
+	next := max(p.Memory.Rest, whole(max(used+used/2, limit-max((limit-p.Memory.Rest)/2, 16<<20))))
 	if next >= limit || limit <= p.Memory.Rest {
 		return 0
 	}
 	return next
 }
+
+// whole mebibytes: people read limits.
+func whole(n int64) int64 { return (n + 1<<20 - 1) &^ (1<<20 - 1) }

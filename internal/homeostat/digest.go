@@ -26,8 +26,9 @@ type Cell struct {
 	Siblings, Min int
 	// Share is what its app has of the machine, divided by what is its due.
 	Share float64
-	// Digested: its app was the last that gave something.
-	Digested bool
+	// Digested: its app was the last that gave something. Hot: its processor
+	// limit is in the way.
+	Digested, Hot bool
 	// Memory used and the limit, CPU limit, each with what it has at rest.
 	Memory, MemoryLimit, MemoryRest int64
 	CPU, CPURest                    float64
@@ -65,7 +66,7 @@ const (
 // starving machine.
 const still = time.Second
 
-// harm of digesting a cell: the class first, then the order within it.
+// Classes of harm.
 const (
 	harmAbnormal = iota
 	harmSurplus
@@ -75,8 +76,11 @@ const (
 	harmTooMuch
 )
 
-func (c *Cell) harm(h Hunger) (int, string) {
-	idle := c.InFlight == 0 && c.Unused >= still
+// harm of digesting a cell: its class and the cause. hottest is the highest
+// priority of those whose processor limit is in the way.
+func (c *Cell) harm(h Hunger, hottest int) (int, string) {
+	// What is idle holds memory and room, but no processor.
+	idle := c.InFlight == 0 && c.Unused >= still && (h.Memory > 0 || h.Rooms > 0)
 	spared := c.Siblings <= c.Min
 	switch {
 	case idle && !spared && (c.Outdated || c.Growing || c.Failing):
@@ -85,7 +89,7 @@ func (c *Cell) harm(h Hunger) (int, string) {
 		return harmSurplus, CauseDigested
 	case idle && !spared:
 		return harmIdle, CauseIdlest
-	case h.Memory > 0 && c.MemoryLimit > c.MemoryRest && c.Memory < c.MemoryRest, h.CPU > 0 && c.CPU > c.CPURest:
+	case h.Memory > 0 && c.MemoryLimit > c.MemoryRest && c.Memory < c.MemoryRest, h.CPU > 0 && c.CPU > c.CPURest && c.Priority < hottest:
 		return harmPeak, CauseRest
 	case h.Rooms > 0 && c.Siblings > max(c.Min, 1) && c.Share > 1:
 		return harmShare, CauseShare
@@ -103,8 +107,14 @@ func Digest(h Hunger, cells []Cell, most int) []Bite {
 		cause       string
 	}
 	var order []candidate
+	hottest := -1
 	for i := range cells {
-		if class, cause := cells[i].harm(h); class != harmTooMuch && !cells[i].Digested {
+		if cells[i].Hot {
+			hottest = max(hottest, cells[i].Priority)
+		}
+	}
+	for i := range cells {
+		if class, cause := cells[i].harm(h, hottest); class != harmTooMuch && !cells[i].Digested {
 			order = append(order, candidate{i, class, cause})
 		}
 	}

@@ -65,6 +65,19 @@ func TestDigest_RoomForOthersIsTakenFromThoseWithMoreThanTheirShare(t *testing.T
 	}
 }
 
+// For processor time only peaks go back, of apps below others that lack it.
+func TestDigest_ForTheProcessor(t *testing.T) {
+	cells := []Cell{
+		{App: 0, Unused: time.Minute, Siblings: 1},
+		{App: 1, InFlight: 3, Siblings: 1, CPU: 1, CPURest: 0.3, Priority: 60, Hot: true},
+		{App: 2, InFlight: 3, Siblings: 1, CPU: 1, CPURest: 0.3, Priority: 50, Hot: true},
+	}
+	got := Digest(Hunger{CPU: 1}, cells, 9)
+	if len(got) != 1 || got[0].Cell != 2 || got[0].Retire {
+		t.Errorf("got %+v", got)
+	}
+}
+
 func TestDigest_Invariants(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(3, 4))
 	for range 20000 {
@@ -75,7 +88,7 @@ func TestDigest_Invariants(t *testing.T) {
 			siblings[app]++
 			cells[i] = Cell{
 				App: app, Priority: rnd.IntN(100), InFlight: rnd.IntN(3), Unused: time.Duration(rnd.IntN(4)) * time.Second, Surplus: rnd.IntN(2) == 0,
-				Outdated: rnd.IntN(4) == 0, Growing: rnd.IntN(4) == 0, Share: 2 * rnd.Float64(), Digested: rnd.IntN(4) == 0, Min: rnd.IntN(2),
+				Outdated: rnd.IntN(4) == 0, Growing: rnd.IntN(4) == 0, Hot: rnd.IntN(2) == 0, Share: 2 * rnd.Float64(), Digested: rnd.IntN(4) == 0, Min: rnd.IntN(2),
 				Memory: rnd.Int64N(100), MemoryLimit: rnd.Int64N(100), MemoryRest: rnd.Int64N(100), CPU: rnd.Float64(), CPURest: rnd.Float64(),
 			}
 		}

@@ -68,7 +68,7 @@ type Load struct {
 	Streams int
 	// Full: the machine has no room for more of this app at present.
 	Full bool
-	// Lean: the machine is starving, so nothing is made bigger.
+	// Lean: it gave its peak to apps of higher priority, which lacked it.
 	Lean bool
 }
 
