@@ -34,6 +34,7 @@ type App struct {
 	births *births // nil before the first
 	// fullUntil: the machine had no room; asking again is useless before.
 	fullUntil time.Time
+	used      time.Time // end of the last response
 	// leanUntil: it gave its peak to others.
 	leanUntil time.Time
 	stopped   bool
@@ -487,6 +488,7 @@ func (a *App) adopt(inst Instance) {
 	defer a.mu.Unlock()
 	claim := a.claim()
 	a.k.ledger.adopted(a, claim, a.policy.Priority)
+	a.used = time.Now() // the earlier daemon knew
 	a.join(inst, nil, claim)
 	if l := inst.Limits(); l.CPU > a.policy.CPU.Rest {
 		a.limit = max(a.limit, l.CPU)
@@ -572,7 +574,7 @@ func (m *member) life(now time.Time, current fleet.RevisionID, siblings int) hom
 		l.Limit = max(m.info.ExpiresAt.Round(0).Sub(ready.Round(0)), 1)
 	}
 	if m.inflight == 0 {
-		l.Unused = now.Sub(m.unused)
+		l.Unused, l.Quiet = now.Sub(m.unused), now.Sub(m.app.used)
 	}
 	return l
 }
@@ -830,6 +832,7 @@ func (l *Lease) Release(failed bool) {
 		w.answered++
 		w.busy += now.Sub(l.began)
 	}
+	a.used = now
 	m.answered = m.answered || !failed
 	if failed {
 		m.brokeAt = now

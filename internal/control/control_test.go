@@ -55,8 +55,20 @@ func (i *fakeInstance) Stats() (sandbox.Stats, error) {
 	defer i.mu.Unlock()
 	return i.stats, nil
 }
+
+// set changes what a test needs changed.
+func (i *fakeInstance) set(f func(i *fakeInstance)) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	f(i)
+}
+
 func (i *fakeInstance) CPU() (sandbox.Stats, error) { return i.Stats() }
-func (i *fakeInstance) OutOfMemory() bool           { return i.oom }
+func (i *fakeInstance) OutOfMemory() bool {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.oom
+}
 
 func (i *fakeInstance) Info() fleet.Instance     { return i.info }
 func (i *fakeInstance) Revision() fleet.Revision { return i.rev }
@@ -104,7 +116,14 @@ func (n *fakeNode) Start(ctx context.Context, o Order) (Instance, error) {
 		return nil, err
 	}
 	now := time.Now()
-	i := &fakeInstance{node: n, limits: o.Limits, rev: rev, ready: now, info: fleet.Instance{ID: fleet.NewInstanceID(rev.App), App: rev.App, Revision: rev.ID, State: fleet.StateReady, ReadyAt: now}}
+	limits := o.Limits
+	if limits.CPU == 0 {
+		limits.CPU = rev.Spec.Resources.CPU.Rest
+	}
+	if limits.Memory == 0 {
+		limits.Memory = rev.Spec.Resources.Memory.Rest
+	}
+	i := &fakeInstance{node: n, limits: limits, rev: rev, ready: now, info: fleet.Instance{ID: fleet.NewInstanceID(rev.App), App: rev.App, Revision: rev.ID, State: fleet.StateReady, ReadyAt: now}}
 	if l := rev.Spec.Lifetime.Std(); l > 0 {
 		i.info.ExpiresAt = now.Add(l)
 	}

@@ -9,6 +9,9 @@ type Life struct {
 	// Unused is the time since the end of its last response; 0 while InFlight.
 	Unused   time.Duration
 	InFlight int
+	// Quiet is the same for its whole app: a successor has answered nothing
+	// yet, and is not busy for that.
+	Quiet time.Duration
 	// Outdated: a newer revision or image exists.
 	Outdated bool
 	// Siblings that are ready and not retiring, itself included.
@@ -47,8 +50,8 @@ const (
 )
 
 const (
-	// recent is how fresh the last response must be for an instance to count
-	// as having traffic, which is worth a successor before its end.
+	// recent is how fresh the last response must be for an app to count as
+	// having traffic, which is worth a successor before its end.
 	recent = 10 * time.Second
 	// surplusIdle is how long surplus lives unused, where idle is not shorter:
 	// what was started on a false alarm is soon gone.
@@ -57,7 +60,7 @@ const (
 
 // Judge decides about one ready instance.
 func Judge(p Policy, l Life) Fate {
-	busy := l.InFlight > 0 || l.Unused < recent
+	busy := l.InFlight > 0 || l.Quiet < recent
 	needed := l.Siblings <= p.Min
 	surplus := l.Surplus && !needed && l.Siblings > 1
 	idle := p.Idle

@@ -56,6 +56,8 @@ const (
 	cooling = 2 * time.Second
 	// slowness: so much longer than usual, and at least so long, is slow.
 	slowness, leastSlow = 3, 10 * time.Millisecond
+	// lasting: so long at the peak is worth a sibling even if little waits.
+	lasting = time.Second
 	// catchUp is how soon what waits inside the instances should be done.
 	catchUp = 500 * time.Millisecond
 	// patience: for how long one instance may be slow before it gets a
@@ -277,7 +279,7 @@ func (t *Trend) cores(p Policy, l Load) int {
 	cost := ratio(t.cpu, max(t.answered, 1))
 	gone := max(l.Start, settle).Seconds()
 	behind := float64(l.InFlight) * cost / (peak * float64(l.Ready))
-	if t.full < settle/4 || behind < gone/2 {
+	if t.full < settle/4 || behind < gone/2 && t.full < lasting {
 		return min(n, l.Ready)
 	}
 	n = max(n, ceil((max(t.Rate(), t.inflow)*cost+float64(l.InFlight)*cost/max(gone, catchUp.Seconds()))/(peak*target)))
