@@ -68,6 +68,7 @@ type member struct {
 	quiet     chan struct{} // closed when retiring and nothing is in flight
 	closing   chan struct{} // closed when long-lived streams must end
 
+	change    change
 	claim     homeostat.Claim
 	streams   int       // of those in flight, long-lived ones
 	brokeAt   time.Time // an exchange

@@ -171,19 +171,59 @@ func (a *App) carryOut(now time.Time, plan homeostat.Plan) {
 	}
 }
 
+// change is what an instance's limits shall become.
+type change struct {
+	limits sandbox.Limits // zeros stay as they are
+	cause  string
+	inputs map[string]float64
+	busy   bool // somebody is carrying changes out
+}
+
 // resize changes limits of an instance without keeping the lock: a write to a
-// cgroup may take its time.
+// cgroup may take its time. Later changes win over earlier ones that were not
+// carried out yet. The caller holds the lock.
 func (a *App) resize(m *member, l sandbox.Limits, cause string, inputs map[string]float64) {
+	c := &m.change
+	if l.CPU > 0 {
+		c.limits.CPU = l.CPU
+	}
+	if l.CPUWeight > 0 {
+		c.limits.CPUWeight = l.CPUWeight
+	}
+	if l.Memory > 0 {
+		c.limits.Memory = l.Memory
+	}
+	if cause != "" {
+		c.cause, c.inputs = cause, inputs
+	}
+	if c.busy {
+		return
+	}
+	c.busy = true
 	a.k.work.Go(func() {
-		if err := a.k.cfg.Node.Resize(m.inst, l, cause, inputs); err != nil {
+		for {
 			a.mu.Lock()
-			gone := m.retiring
+			next := m.change
+			m.change = change{busy: next.limits != sandbox.Limits{} && !m.retiring}
+			done := !m.change.busy
 			a.mu.Unlock()
-			if !gone {
-				a.k.cfg.Logger.Warn("resize instance", "instance", m.info.ID, "error", err)
+			if done {
+				return
+			}
+			if err := a.k.cfg.Node.Resize(m.inst, next.limits, next.cause, next.inputs); err != nil {
+				a.failedResize(m, err)
 			}
 		}
 	})
+}
+
+func (a *App) failedResize(m *member, err error) {
+	a.mu.Lock()
+	gone := m.retiring
+	a.mu.Unlock()
+	if !gone {
+		a.k.cfg.Logger.Warn("resize instance", "instance", m.info.ID, "error", err)
+	}
 }
 
 // weigh looks at an instance's memory: what the kernel killed in it, whether
