@@ -95,8 +95,9 @@ type Plan struct {
 const (
 	// target is how much of its processor limit an instance should use.
 	target = 0.7
-	// settle is how soon a queue should be gone if starting were free.
-	settle = 100 * time.Millisecond
+	// settle is how soon held requests should be gone if starting were free,
+	// and settleInside those that wait inside the instances.
+	settle, settleInside = 50 * time.Millisecond, 100 * time.Millisecond
 	// firstLook is how soon the first look follows a request, and the pace
 	// while something is going on; lastLook the pace when all is calm.
 	firstLook, lastLook = 10 * time.Millisecond, 500 * time.Millisecond

@@ -277,9 +277,9 @@ func (t *Trend) cores(p Policy, l Load) int {
 		return n
 	}
 	cost := ratio(t.cpu, max(t.answered, 1))
-	gone := max(l.Start, settle).Seconds()
+	gone := max(l.Start, settleInside).Seconds()
 	behind := float64(l.InFlight) * cost / (peak * float64(l.Ready))
-	if t.full < settle/4 || behind < gone/2 && t.full < lasting {
+	if t.full < settleInside/4 || behind < gone/2 && t.full < lasting {
 		return min(n, l.Ready)
 	}
 	n = max(n, ceil((max(t.Rate(), t.inflow)*cost+float64(l.InFlight)*cost/max(gone, catchUp.Seconds()))/(peak*target)))

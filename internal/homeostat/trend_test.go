@@ -278,8 +278,9 @@ func TestDecide_QueueInProportion(t *testing.T) {
 		waiting int
 		want    int
 	}{
-		{2 * time.Millisecond, 10, 0},
-		{20 * time.Millisecond, 10, 2},
+		{2 * time.Millisecond, 5, 0},
+		{2 * time.Millisecond, 10, 1},
+		{20 * time.Millisecond, 10, 4},
 		{time.Second, 10, 10},
 		{time.Second, 100, 19},
 	} {
