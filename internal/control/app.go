@@ -147,7 +147,7 @@ func (a *App) lease(m *member, b *birth, now time.Time) *Lease {
 	m.inflight++
 	a.watch.inFlight++
 	a.watch.arrived++
-	a.noticed(now)
+	a.noticed()
 	return &Lease{m: m, birth: b, began: now}
 }
 
@@ -169,7 +169,7 @@ func (a *App) hold(arrived time.Time) (*hold, *list.Element, error) {
 		a.waiting = list.New()
 		a.k.holding.Add(1)
 	}
-	a.noticed(arrived)
+	a.noticed()
 	h := &hold{arrived: arrived, done: make(chan struct{})}
 	place := a.waiting.PushBack(h)
 	a.k.holds.Add(1)
@@ -493,7 +493,7 @@ func (a *App) adopt(inst Instance) {
 	a.join(inst, nil, claim)
 	if l := inst.Limits(); l.CPU > a.policy.CPU.Rest {
 		a.limit = max(a.limit, l.CPU)
-		a.noticed(time.Now()) // it comes back to rest
+		a.noticed() // it comes back to rest
 	}
 	a.wake(0)
 }

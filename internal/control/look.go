@@ -29,7 +29,7 @@ const memoryPace = time.Second
 
 // noticed is called for every request that gets a slot or waits for one: it
 // begins to look, or looks sooner. The caller holds the lock.
-func (a *App) noticed(now time.Time) {
+func (a *App) noticed() {
 	w := &a.watch
 	if w.on {
 		if w.inFlight > w.crowd && w.next > soon {
