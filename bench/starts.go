@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -25,7 +26,7 @@ func (b *bench) plain() (time.Duration, error) {
 	if err != nil {
 		return 0, err
 	}
-	_, port, _ := splitPort(addr)
+	_, port, _ := net.SplitHostPort(addr)
 	cmd := exec.CommandContext(b.ctx, b.root+"/server") //nolint:gosec // ours
 	cmd.Env = []string{"PORT=" + port}
 	began := time.Now()
@@ -37,15 +38,6 @@ func (b *bench) plain() (time.Duration, error) {
 	_ = cmd.Process.Kill()
 	_ = cmd.Wait()
 	return took, err
-}
-
-func splitPort(addr string) (host, port string, ok bool) {
-	for i := len(addr) - 1; i >= 0; i-- {
-		if addr[i] == ':' {
-			return addr[:i], addr[i+1:], true
-		}
-	}
-	return "", "", false
 }
 
 var bundles atomic.Int64

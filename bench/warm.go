@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -122,7 +123,7 @@ func (b *bench) warm() error {
 		return err
 	}
 	defer stop()
-	_, port, _ := splitPort(addrs["caddy"])
+	_, port, _ := net.SplitHostPort(addrs["caddy"])
 	if pids["caddy"], stop, err = b.proxy("caddy", fmt.Sprintf("{\n admin off\n auto_https off\n}\nhttp://:%s {\n reverse_proxy %s\n}\n", port, backend), "run", "--adapter", "caddyfile", "--config"); err != nil {
 		return err
 	}

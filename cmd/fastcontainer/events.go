@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"strings"
 
@@ -30,10 +31,7 @@ func (c *cli) eventsCommand() *cobra.Command {
 				c.printEvent(e)
 				return nil
 			})
-			if cmd.Context().Err() != nil {
-				return nil // the user has seen enough
-			}
-			return err
+			return unlessEnough(cmd.Context(), err)
 		},
 	}
 	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "wait for more")
@@ -86,13 +84,18 @@ func (c *cli) logsCommand() *cobra.Command {
 				return err
 			}
 			err = client.Logs(cmd.Context(), a[0], lines, follow, c.stdout)
-			if cmd.Context().Err() != nil {
-				return nil
-			}
-			return err
+			return unlessEnough(cmd.Context(), err)
 		},
 	}
 	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "wait for more")
 	cmd.Flags().IntVarP(&lines, "lines", "n", lines, "how many of the past")
 	return cmd
+}
+
+// unlessEnough drops the error of a stream that the user has seen enough of.
+func unlessEnough(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		err = nil
+	}
+	return err
 }

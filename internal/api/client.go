@@ -283,6 +283,7 @@ func (c *Client) session(ctx context.Context, path string, req any, streams sand
 	if err != nil {
 		return 0, err
 	}
+	//nolint:bodyclose // the library says that it never needs to be closed
 	conn, resp, err := websocket.Dial(ctx, base+path, &websocket.DialOptions{HTTPClient: c.http, HTTPHeader: http.Header{"X-Spec": {string(b)}}})
 	if err != nil {
 		if resp != nil && resp.StatusCode >= 300 {

@@ -336,7 +336,7 @@ func (s *Server) logs(w http.ResponseWriter, r *http.Request) error {
 	}
 	err = s.b.Logs(r.Context(), r.PathValue("name"), lines, follow, out)
 	if out.wrote || r.Context().Err() != nil {
-		return nil
+		err = nil // the answer has begun, or nobody waits for it
 	}
 	return err
 }
@@ -373,7 +373,7 @@ func (s *Server) events(w http.ResponseWriter, r *http.Request) error {
 				continue
 			}
 			if err := out.send(e); err != nil {
-				return nil
+				return nil //nolint:nilerr // the client has left
 			}
 		}
 		return nil

@@ -479,7 +479,7 @@ func memory() fleet.Bytes {
 	if err := unix.Sysinfo(&info); err != nil {
 		return 0
 	}
-	return fleet.Bytes(uint64(info.Totalram) * uint64(info.Unit)) //nolint:gosec // far from the end
+	return fleet.Bytes(info.Totalram * uint64(info.Unit)) //nolint:gosec // far from the end
 }
 
 // routes knows which revision of each app requests reach.

@@ -148,7 +148,7 @@ func (p *pump) copy() (readErr, writeErr error) {
 				return nil, werr
 			}
 		}
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			p.whole.Store(true)
 			break
 		}

@@ -183,14 +183,6 @@ func (o *origin) setHost(s string) {
 	}
 }
 
-// client is the first that is named: as far as trusted proxies can tell.
-func (o *origin) client() string {
-	if len(o.before) > 0 {
-		return o.before[0]
-	}
-	return o.peer
-}
-
 // appendFor writes the value of X-Forwarded-For.
 func (o *origin) appendFor(b []byte) []byte {
 	for _, a := range o.before {

@@ -2,6 +2,7 @@ package dispatch
 
 import (
 	"bufio"
+	"errors"
 	"io"
 	"net"
 	"net/http"
@@ -57,7 +58,7 @@ func (c *rawConn) response(method string) (*http.Response, string) {
 func (c *rawConn) ended() string {
 	c.t.Helper()
 	b, err := io.ReadAll(c.r)
-	if ne, ok := err.(net.Error); ok && ne.Timeout() {
+	if ne, ok := errors.AsType[net.Error](err); ok && ne.Timeout() {
 		c.t.Fatalf("connection is still open after %q", b)
 	}
 	return string(b)

@@ -54,7 +54,7 @@ func readHead(r *bufio.Reader, limit int) (string, error) {
 		if len(long) > limit {
 			return "", errHeadSize
 		}
-		if err == bufio.ErrBufferFull {
+		if errors.Is(err, bufio.ErrBufferFull) {
 			continue
 		}
 		if err != nil {
@@ -219,7 +219,7 @@ func readTrailer(r *bufio.Reader, maxLines, limit int) (http.Header, error) {
 	for size := 0; ; {
 		line, err := r.ReadSlice('\n')
 		if err != nil {
-			if err == bufio.ErrBufferFull {
+			if errors.Is(err, bufio.ErrBufferFull) {
 				return nil, errHeadSize
 			}
 			if err == io.EOF {

@@ -360,7 +360,7 @@ var echoService = grpc.ServiceDesc{
 	Streams: []grpc.StreamDesc{{StreamName: "Bidi", ServerStreams: true, ClientStreams: true, Handler: func(_ any, s grpc.ServerStream) error {
 		for {
 			in := new(wrapperspb.StringValue)
-			if err := s.RecvMsg(in); err == io.EOF {
+			if err := s.RecvMsg(in); errors.Is(err, io.EOF) {
 				s.SetTrailer(metadata.Pairs("count", "all"))
 				return nil
 			} else if err != nil {

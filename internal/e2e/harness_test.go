@@ -1,9 +1,7 @@
 package e2e
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -375,17 +373,6 @@ var httpd = []string{"--", "httpd", "-f", "-p", "8080", "-h", "/www"}
 func (d *daemon) deploy(name, image string, more ...string) {
 	d.t.Helper()
 	d.must(append([]string{"deploy", name, "--image", image}, more...)...)
-}
-
-// jsonOf decodes the output of a command.
-func jsonOf[T any](t *testing.T, out string) T {
-	t.Helper()
-	var v T
-	dec := json.NewDecoder(bytes.NewReader([]byte(out)))
-	if err := dec.Decode(&v); err != nil {
-		t.Fatalf("%v in %q", err, out)
-	}
-	return v
 }
 
 // names of instances.

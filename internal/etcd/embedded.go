@@ -174,7 +174,7 @@ func (s *server) launch(ctx context.Context, c *embed.Config) error {
 			select {
 			case etcd := <-started:
 				etcd.Close()
-			case <-failed:
+			case <-failed: //nolint:errcheck // whoever waited has left
 			case <-s.fatal.done():
 			}
 		})

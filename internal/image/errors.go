@@ -59,7 +59,7 @@ func (s *Store) explain(op, subject string, err error) error {
 		out.Kind = fleet.ErrUnavailable
 		out.Hint = fmt.Sprintf("the disk that holds %s is full (space or inodes): `fastcontainer image gc` frees what nothing uses, then try again", s.dir)
 	case isTransport:
-		out.Kind, out.Hint = explainStatus(te)
+		out.Hint, out.Kind = explainStatus(te)
 	case errors.Is(err, context.DeadlineExceeded):
 		out.Kind = fleet.ErrTimeout
 		out.Hint = "try again: a pull goes on where it stopped"
@@ -75,18 +75,18 @@ func (s *Store) explain(op, subject string, err error) error {
 	return out
 }
 
-func explainStatus(te *transport.Error) (kind error, hint string) {
+func explainStatus(te *transport.Error) (hint string, kind error) {
 	switch code := te.StatusCode; {
 	case code == http.StatusUnauthorized, code == http.StatusForbidden:
-		return fleet.ErrDenied, "the image is private or does not exist: log in as the user that runs the daemon (`docker login`, or write ~/.docker/config.json, or set DOCKER_CONFIG)"
+		return "the image is private or does not exist: log in as the user that runs the daemon (`docker login`, or write ~/.docker/config.json, or set DOCKER_CONFIG)", fleet.ErrDenied
 	case code == http.StatusNotFound:
-		return fleet.ErrNotFound, "check the spelling of the name and of the tag"
+		return "check the spelling of the name and of the tag", fleet.ErrNotFound
 	case code == http.StatusTooManyRequests:
-		return fleet.ErrUnavailable, "the registry limits the rate of pulls: wait, or log in"
+		return "the registry limits the rate of pulls: wait, or log in", fleet.ErrUnavailable
 	case code >= 500:
-		return fleet.ErrUnavailable, "the registry has a fault of its own: try again, a pull goes on where it stopped"
+		return "the registry has a fault of its own: try again, a pull goes on where it stopped", fleet.ErrUnavailable
 	}
-	return fleet.ErrInvalid, ""
+	return "", fleet.ErrInvalid
 }
 
 func isNetwork(err error) bool {

@@ -128,7 +128,7 @@ func (s *Store) layoutTop(f files, tag string) (v1.Descriptor, error) {
 			return v1.Descriptor{}, &fault{kind: fleet.ErrNotFound, err: fmt.Errorf("the layout has no tag %q", tag), hint: fmt.Sprintf("it has %q", tags)}
 		}
 	}
-	d := v1.Descriptor{}
+	var d v1.Descriptor
 	if len(list) == 1 {
 		d = list[0]
 	} else if d, err = s.pick(list); err != nil {

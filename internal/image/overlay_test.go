@@ -39,9 +39,8 @@ func inMountNamespace(t *testing.T) bool {
 // overlay mounts the layers of an image as the sandbox does.
 func overlay(t *testing.T, img Image) string {
 	t.Helper()
-	dir, upper, work := t.TempDir(), "", ""
-	rw := filepath.Join(t.TempDir(), "rw")
-	upper, work = filepath.Join(rw, "upper"), filepath.Join(rw, "work")
+	dir, rw := t.TempDir(), filepath.Join(t.TempDir(), "rw")
+	upper, work := filepath.Join(rw, "upper"), filepath.Join(rw, "work")
 	if err := os.Mkdir(rw, 0o755); err != nil {
 		t.Fatal(err)
 	}

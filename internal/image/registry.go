@@ -222,7 +222,7 @@ func (b *partialBlob) finish(err error) {
 // stay because it filled the disk.
 func useless(err error) bool {
 	f, ok := errors.AsType[*fault](err)
-	return ok && f.kind == fleet.ErrInvalid || errors.Is(err, unpack.ErrRefused) || isFull(err)
+	return ok && errors.Is(f.kind, fleet.ErrInvalid) || errors.Is(err, unpack.ErrRefused) || isFull(err)
 }
 
 // download fetches a blob to partial/HEX, from where an earlier pull stopped.
@@ -369,9 +369,9 @@ func (dl *download) fetch(ctx context.Context) (progress bool, err error) {
 			dl.told(dl.have)
 		}
 		switch {
-		case rerr == io.EOF && dl.have == dl.d.Size:
+		case errors.Is(rerr, io.EOF) && dl.have == dl.d.Size:
 			return true, nil
-		case rerr == io.EOF:
+		case errors.Is(rerr, io.EOF):
 			return progress, broken(ctx, io.ErrUnexpectedEOF)
 		case rerr != nil:
 			return progress, broken(ctx, rerr)

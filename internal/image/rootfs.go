@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -85,15 +86,15 @@ func (d *dirSource) walk(ctx context.Context, visit func(root *os.Root, name str
 			return fmt.Errorf("%s: no file status", name)
 		}
 		if name == "." {
-			dev = uint64(st.Dev)
+			dev = st.Dev
 		}
-		if uint64(st.Dev) != dev && !fi.IsDir() {
+		if st.Dev != dev && !fi.IsDir() {
 			return nil
 		}
 		if err := visit(root, name, fi, st); err != nil {
 			return fmt.Errorf("%s: %w", name, err)
 		}
-		if uint64(st.Dev) != dev {
+		if st.Dev != dev {
 			return fs.SkipDir
 		}
 		return nil
@@ -156,7 +157,7 @@ func (d *dirSource) add(tw *tar.Writer, root *os.Root, name string, fi fs.FileIn
 		if st.Mode&syscall.S_IFMT == syscall.S_IFBLK {
 			hdr.Typeflag = tar.TypeBlock
 		}
-		hdr.Devmajor, hdr.Devminor = int64(unix.Major(uint64(st.Rdev))), int64(unix.Minor(uint64(st.Rdev)))
+		hdr.Devmajor, hdr.Devminor = int64(unix.Major(st.Rdev)), int64(unix.Minor(st.Rdev))
 	default: // a socket is somebody's, not content
 		return nil
 	}
@@ -207,7 +208,7 @@ func xattrsOf(root *os.Root, name string) (map[string]string, error) {
 	path := "/proc/self/fd/" + strconv.Itoa(int(parent.Fd())) + "/" + base
 	buf := make([]byte, 64<<10) // the kernel's own limit, for lists and for values
 	n, err := unix.Llistxattr(path, buf)
-	if err == unix.ENOTSUP || n == 0 {
+	if errors.Is(err, unix.ENOTSUP) || n == 0 {
 		return nil, nil
 	}
 	if err != nil {

@@ -52,7 +52,7 @@ func (i *Instance) awaitReady(ctx context.Context) error {
 			}
 		}
 		// A dial that the end of the wait cut off says nothing about the app.
-		if _, late := errors.AsType[net.Error](err); ctx.Err() == nil && !(late && last != nil) {
+		if _, late := errors.AsType[net.Error](err); ctx.Err() == nil && (!late || last == nil) {
 			last = err
 		}
 		timer.Reset(pace(time.Since(began), i.node.probing.Load()))

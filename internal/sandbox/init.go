@@ -53,7 +53,7 @@ const (
 	opFork    = 2 << 32
 )
 
-func initProgram() // in assembly; never called here
+func initProgram() //nolint:unused // in assembly, where its address is taken
 
 // initProgramBytes is where the code of initProgram stands.
 func initProgramBytes() *[1024]byte

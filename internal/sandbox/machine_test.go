@@ -82,7 +82,7 @@ func TestMachine_ResultFeedsALaterArgument(t *testing.T) {
 	tape := &tape{}
 	open := tape.call("open", unix.SYS_OPENAT, num(unix.AT_FDCWD), tape.str(name), num(unix.O_CREAT|unix.O_WRONLY), num(0o600))
 	write := tape.call("write", unix.SYS_WRITE, num(999), tape.bytes([]byte("fed")), num(3))
-	tape.feed(open, write, 0)
+	tape.feed(open, write)
 	tape.done()
 	if err := m.play(ctx, tape); err != nil {
 		t.Fatal(err)

@@ -23,10 +23,9 @@ type pool struct {
 	wg       sync.WaitGroup
 	kick     chan struct{}
 
-	mu     sync.Mutex
-	shelf  []*prepared
-	taken  []time.Time // of the last second
-	closed bool
+	mu    sync.Mutex
+	shelf []*prepared
+	taken []time.Time // of the last second
 }
 
 func newPool(n *Native, least, most int) *pool {

@@ -238,7 +238,7 @@ func raiseLoopback(t *tape) {
 	binary.NativeEndian.PutUint16(request[unix.IFNAMSIZ:], unix.IFF_UP)
 	open := t.call("open socket", unix.SYS_SOCKET, num(unix.AF_INET), num(unix.SOCK_DGRAM|unix.SOCK_CLOEXEC), num(0))
 	up := t.call("raise loopback", unix.SYS_IOCTL, num(0), num(unix.SIOCSIFFLAGS), t.bytes(request))
-	t.feed(open, up, 0)
+	t.feed(open, up)
 	// 3 is the way to the daemon, and nothing else is open.
 	t.call("close socket", unix.SYS_CLOSE_RANGE, num(4), num(math.MaxInt32), num(0))
 }

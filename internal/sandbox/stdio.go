@@ -126,11 +126,11 @@ const terminalFD = 60
 func (s *stdio) attachTerminal(t *tape) {
 	open := t.call("open terminal", unix.SYS_OPENAT, num(unix.AT_FDCWD), t.str("/dev/pts/ptmx"), num(unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC), num(0))
 	park := t.call("park terminal", unix.SYS_DUP3, num(0), num(terminalFD), num(unix.O_CLOEXEC))
-	t.feed(open, park, 0)
+	t.feed(open, park)
 	t.call("unlock terminal", unix.SYS_IOCTL, num(terminalFD), num(unix.TIOCSPTLCK), t.words(num(0)))
 	peer := t.call("open terminal", unix.SYS_IOCTL, num(terminalFD), num(unix.TIOCGPTPEER), num(unix.O_RDWR|unix.O_NOCTTY))
 	stdin := t.call("set standard streams", unix.SYS_DUP3, num(0), num(0), num(0))
-	t.feed(peer, stdin, 0)
+	t.feed(peer, stdin)
 	t.call("set standard streams", unix.SYS_DUP3, num(0), num(1), num(0))
 	t.call("set standard streams", unix.SYS_DUP3, num(0), num(2), num(0))
 	t.call("new session", unix.SYS_SETSID|opMayFail)

@@ -90,10 +90,10 @@ func (t *tape) call(name string, nr uint64, args ...word) int {
 	return len(t.ops) - 1
 }
 
-// feed stores the result of operation from in an argument of operation to.
-func (t *tape) feed(from, to, arg int) {
+// feed stores the result of operation from in the first argument of operation to.
+func (t *tape) feed(from, to int) {
 	o := &t.ops[from]
-	o.result, o.toOp, o.toArg = true, to, arg
+	o.result, o.toOp, o.toArg = true, to, 0
 }
 
 // errTapeFull: the arguments and the environment are larger than the init

@@ -306,9 +306,9 @@ func (u *unpacker) entry(hdr *tar.Header, r io.Reader) error {
 		if len(hdr.Linkname) == 0 || len(hdr.Linkname) > maxPath || strings.ContainsRune(hdr.Linkname, 0) {
 			return refuse("the target of the symbolic link is empty or too long")
 		}
-		err = u.make(fd, base, p, func() error { return unix.Symlinkat(hdr.Linkname, fd, base) })
+		err = u.make(p, func() error { return unix.Symlinkat(hdr.Linkname, fd, base) })
 	case tar.TypeFifo:
-		err = u.make(fd, base, p, func() error { return unix.Mknodat(fd, base, unix.S_IFIFO|0o600, 0) })
+		err = u.make(p, func() error { return unix.Mknodat(fd, base, unix.S_IFIFO|0o600, 0) })
 	case tar.TypeChar, tar.TypeBlock:
 		kind := uint32(unix.S_IFCHR)
 		if hdr.Typeflag == tar.TypeBlock {
@@ -318,7 +318,7 @@ func (u *unpacker) entry(hdr *tar.Header, r io.Reader) error {
 			return refuse("device %d:%d does not exist", hdr.Devmajor, hdr.Devminor)
 		}
 		dev := unix.Mkdev(uint32(hdr.Devmajor), uint32(hdr.Devminor))
-		err = u.make(fd, base, p, func() error { return unix.Mknodat(fd, base, kind|0o600, int(dev)) })
+		err = u.make(p, func() error { return unix.Mknodat(fd, base, kind|0o600, int(dev)) })
 	default:
 		return refuse("unknown type %q", hdr.Typeflag)
 	}
@@ -483,7 +483,7 @@ func (u *unpacker) implicitDir(fd int, base, p string) error {
 }
 
 // make makes one object, replacing what an earlier entry made under that name.
-func (u *unpacker) make(fd int, base, p string, create func() error) error {
+func (u *unpacker) make(p string, create func() error) error {
 	err := create()
 	if errors.Is(err, unix.EEXIST) {
 		if err := u.remove(p); err != nil {
@@ -582,7 +582,7 @@ func (u *unpacker) setDir(fd int, base, p string, m meta) error {
 
 func (u *unpacker) regular(fd int, base, p string, m meta, r io.Reader, size int64) error {
 	var file int
-	err := u.make(fd, base, p, func() (err error) {
+	err := u.make(p, func() (err error) {
 		file, err = unix.Openat(fd, base, unix.O_CREAT|unix.O_EXCL|unix.O_WRONLY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
 		return err
 	})
@@ -677,7 +677,7 @@ func (u *unpacker) hardlink(fd int, base, p, target string) error {
 		return sysError("hard link", err)
 	}
 	// AT_SYMLINK_FOLLOW is not given: a link to a symbolic link is one too.
-	return u.make(fd, base, p, func() error { return unix.Linkat(from, name, fd, base, 0) })
+	return u.make(p, func() error { return unix.Linkat(from, name, fd, base, 0) })
 }
 
 // whiteout hides something of lower layers. Per OCI it says nothing about what

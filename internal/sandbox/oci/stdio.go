@@ -41,12 +41,12 @@ func openLog(name string, uid int) (*streams, error) {
 	}
 	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
-		s.Close()
+		_ = s.Close()
 		return nil, fmt.Errorf("open log: %w", err)
 	}
 	s.theirs[1], s.theirs[2] = f, f
 	if err := f.Chown(uid, -1); err != nil {
-		s.Close()
+		_ = s.Close()
 		return nil, fmt.Errorf("give log to the container: %w", err)
 	}
 	return s, nil
@@ -58,7 +58,7 @@ func openStdio(spec *sandbox.Stdio, uid int, dir string) (_ *streams, err error)
 	s := &streams{spec: spec, over: make(chan struct{})}
 	defer func() {
 		if err != nil {
-			s.Close()
+			_ = s.Close()
 			s.abort()
 		}
 	}()
@@ -146,8 +146,8 @@ func (s *streams) run(ctx context.Context) error {
 	if s.spec == nil {
 		return nil
 	}
-	out := s.ours
-	in := s.tty
+	var in *os.File
+	var out []*os.File
 	if s.console != nil {
 		tty, err := s.console.take(ctx)
 		if err != nil {
