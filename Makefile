@@ -6,7 +6,7 @@ GOFLAGS_BUILD = -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
 GOLANGCI_VERSION = v2.15.0
 export CGO_ENABLED ?= 0
 
-.PHONY: build demo test check race test-v2 bench lint fmt vet tidy clean prereqs
+.PHONY: build demo test check race test-v2 bench experiments lint fmt vet tidy clean prereqs
 
 build: ## bin/fastcontainer, static
 	go build $(GOFLAGS_BUILD) -o bin/fastcontainer ./cmd/fastcontainer
@@ -47,6 +47,10 @@ lint: .cache/bin/golangci-lint-$(GOLANGCI_VERSION)
 
 bench: prereqs build ## every figure of docs/benchmarks.md
 	go run ./bench
+
+experiments: prereqs build ## every picture of docs/experiments
+	mkdir -p docs/experiments
+	go run ./bench -experiments
 
 clean:
 	rm -rf bin .cache

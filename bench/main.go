@@ -1,5 +1,6 @@
 // Bench measures every figure of docs/benchmarks.md, each beside its peers in
-// the same run, and writes that file. It needs root and `make build`.
+// the same run, and writes that file; with -experiments it makes those of
+// docs/experiments instead. It needs root and `make build`.
 package main
 
 import (
@@ -28,7 +29,8 @@ type bench struct {
 }
 
 func main() {
-	only := flag.String("only", "", "one of cold, rate, warm, apps, instances")
+	only := flag.String("only", "", "one of cold, rate, warm, apps, instances; or the name of an experiment")
+	trials := flag.Bool("experiments", false, "make the experiments")
 	quick := flag.Bool("quick", false, "fewer rounds: for trying it out, not for the document")
 	file := flag.String("out", "docs/benchmarks.md", "document to write; not written with -only or -quick")
 	flag.Parse()
@@ -36,8 +38,11 @@ func main() {
 		log.Fatal(err)
 	}
 	b := &bench{ctx: context.Background(), quick: *quick}
-	if err := b.run(*only); err != nil {
+	if err := b.run(*only, *trials); err != nil {
 		log.Fatal(err)
+	}
+	if *trials {
+		return
 	}
 	if *only != "" || *quick {
 		fmt.Print(b.out.String())
@@ -68,7 +73,7 @@ func alone() error {
 	return unix.Exec(unshare, args, append(os.Environ(), "BENCH_ALONE=1"))
 }
 
-func (b *bench) run(only string) error {
+func (b *bench) run(only string, trials bool) error {
 	var err error
 	if b.dir, err = os.MkdirTemp("", "fcbench"); err != nil {
 		return err
@@ -84,6 +89,9 @@ func (b *bench) run(only string) error {
 		if err := os.Mkdir(filepath.Join(b.root, dir), 0o755); err != nil { //nolint:gosec // a root filesystem
 			return err
 		}
+	}
+	if trials {
+		return b.experiment(only, "docs/experiments")
 	}
 	b.head()
 	for _, part := range []struct {

@@ -44,12 +44,12 @@ func (b *bench) apps() error {
 	if b.quick {
 		all, span = 1000, 2*time.Second
 	}
-	n, err := b.start("")
+	n, err := b.start("", "")
 	if err != nil {
 		return err
 	}
 	defer n.end()
-	other, err := b.start("") // with ten, to compare with
+	other, err := b.start("", "") // with ten, to compare with
 	if err != nil {
 		return err
 	}
@@ -229,7 +229,7 @@ func (b *bench) instances() error {
 	if err != nil {
 		return err
 	}
-	n, err := b.start("")
+	n, err := b.start("", "")
 	if err != nil {
 		return err
 	}

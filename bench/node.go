@@ -34,8 +34,9 @@ type node struct {
 	log    *os.File
 }
 
-// start runs a daemon; pin, where not empty, is the processor that it may use.
-func (b *bench) start(pin string) (*node, error) {
+// start runs a daemon; pin, where not empty, is the processor that it may use,
+// more is added to its configuration.
+func (b *bench) start(pin, more string) (*node, error) {
 	dir, err := os.MkdirTemp(b.dir, "n")
 	if err != nil {
 		return nil, err
@@ -48,7 +49,7 @@ func (b *bench) start(pin string) (*node, error) {
 	b.nodes++
 	name := fmt.Sprintf("fcbench%d", b.nodes)
 	text := fmt.Sprintf("data: %[1]s/data\nrun: /run/%[3]s\nhttp: %[2]s\nnetwork: {bridge: %[3]s, subnet: 10.%[4]d.0.0/16}\nsandbox: {cgroup: /%[3]s, uid_base: %[5]d, uid_count: 1024}\ndoor: {max_conns_per_ip: 10000}\n",
-		dir, addr, name, 70+b.nodes, 1<<29+b.nodes<<26)
+		dir, addr, name, 70+b.nodes, 1<<29+b.nodes<<26) + more
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		return nil, err
 	}

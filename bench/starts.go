@@ -125,7 +125,7 @@ func (b *bench) cold() error {
 	if b.quick {
 		rounds = 12
 	}
-	n, err := b.start("")
+	n, err := b.start("", "")
 	if err != nil {
 		return err
 	}
@@ -212,7 +212,7 @@ func (b *bench) rate() error {
 	if b.quick {
 		span = 6 * time.Second
 	}
-	n, err := b.start("")
+	n, err := b.start("", "")
 	if err != nil {
 		return err
 	}
@@ -253,7 +253,7 @@ func (b *bench) rate() error {
 		{"crun", func() (time.Duration, error) { return b.oci("crun") }},
 		{"runc", func() (time.Duration, error) { return b.oci("runc") }},
 	} {
-		t, failed := load(8, span, who.f)
+		t, failed := storm(8, span, who.f)
 		count := len(t)
 		if who.name == "fastcontainer" { // an app may have been asked again before it was retired
 			time.Sleep(time.Second)
@@ -268,8 +268,8 @@ func (b *bench) rate() error {
 	return nil
 }
 
-// load calls f from several goroutines for a while.
-func load(clients int, span time.Duration, f func() (time.Duration, error)) (times, int) {
+// storm calls f from several goroutines for a while.
+func storm(clients int, span time.Duration, f func() (time.Duration, error)) (times, int) {
 	var mu sync.Mutex
 	var all times
 	failed := 0

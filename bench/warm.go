@@ -101,7 +101,7 @@ func (b *bench) warm() error {
 	if b.quick {
 		span, rounds = 2*time.Second, 1
 	}
-	n, err := b.start("0")
+	n, err := b.start("0", "")
 	if err != nil {
 		return err
 	}

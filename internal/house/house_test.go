@@ -13,7 +13,7 @@ import (
 // of its own floor where sameFloor says so, and its own children.
 var floors = [][]string{
 	{"internal/fleet"},
-	{"internal/homeostat", "internal/store", "internal/etcd", "internal/image", "internal/sandbox", "internal/network", "internal/appfile", "internal/events"},
+	{"internal/homeostat", "internal/store", "internal/etcd", "internal/image", "internal/sandbox", "internal/network", "internal/appfile", "internal/events", "internal/plot"},
 	{"internal/dispatch", "internal/control", "internal/node", "internal/release"},
 	{"internal/api"},
 	{"internal/daemon"},
