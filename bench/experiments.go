@@ -145,7 +145,7 @@ func saturation(b *bench, r *report) error {
 		if err := n.once("up"); err != nil {
 			return err
 		}
-		file, err := n.quotaFile("30000")
+		file, err := n.quotaFile(rested)
 		if err != nil {
 			return err
 		}
@@ -155,12 +155,12 @@ func saturation(b *bench, r *report) error {
 		for range 8 {
 			wg.Go(func() { load.Closed(b.ctx, n.target("up", "/burn?ms=100"), 1, time.Minute, 1) })
 		}
-		for quota(file) == "30000" && time.Since(began) < 10*time.Second {
+		for quota(file) == rested && time.Since(began) < 10*time.Second {
 			time.Sleep(200 * time.Microsecond)
 		}
 		up = append(up, time.Since(began))
 		wg.Wait()
-		if err := until(time.Minute, func() bool { return quota(file) == "30000" }); err != nil {
+		if err := until(time.Minute, func() bool { return quota(file) == rested }); err != nil {
 			return err
 		}
 	}
@@ -168,6 +168,9 @@ func saturation(b *bench, r *report) error {
 	r.figure("saturation to a changed cgroup limit: p50 at most 20 ms", short(load.Quantile(up, .5)))
 	return nil
 }
+
+// rested is the quota of 30 % of a core, in µs of each period of 10 ms.
+const rested = "3000"
 
 // quotaFile finds the group of the only instance with that quota.
 func (n *node) quotaFile(want string) (string, error) {

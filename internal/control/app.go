@@ -726,7 +726,7 @@ func (a *App) stopTimers() {
 	}
 	if a.watch.timer != nil {
 		a.watch.timer.Stop()
-		a.watch.on = false
+		a.unwatch()
 	}
 }
 

@@ -97,6 +97,7 @@ type Control struct {
 	ledger  *ledger
 	unread  sync.Once
 	vitals  atomic.Pointer[homeostat.Vitals] // as last felt
+	active  atomic.Int64                     // apps that are looked at, for they have traffic
 	ctx     context.Context                  //nolint:containedctx // the life of starts, which outlive the requests that caused them
 	cancel  context.CancelCauseFunc
 	work    sync.WaitGroup

@@ -42,11 +42,20 @@ func (a *App) noticed() {
 		return // nothing to see before it is ready
 	}
 	w.on, w.next = true, 0
+	a.k.active.Add(1)
 	if w.timer == nil {
 		w.timer = time.AfterFunc(0, a.look)
 		return
 	}
 	w.timer.Reset(0)
+}
+
+// unwatch ends the looking. The caller holds the lock.
+func (a *App) unwatch() {
+	if a.watch.on {
+		a.watch.on = false
+		a.k.active.Add(-1)
+	}
 }
 
 // soon is when an app is looked at that has more to do than before.
@@ -65,7 +74,7 @@ type reading struct {
 func (a *App) look() {
 	a.mu.Lock()
 	if a.k.closed.Load() || a.removed {
-		a.watch.on = false
+		a.unwatch()
 		a.mu.Unlock()
 		return
 	}
@@ -99,7 +108,7 @@ func (a *App) look() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.removed {
-		a.watch.on = false
+		a.unwatch()
 		return
 	}
 	now := time.Now()
@@ -121,7 +130,7 @@ func (a *App) look() {
 	w.next = plan.Look
 	w.crowd = w.inFlight + w.inFlight/2 + 1
 	if plan.Look == 0 || a.k.closed.Load() {
-		w.on = false
+		a.unwatch()
 		return
 	}
 	w.timer.Reset(plan.Look)
@@ -335,6 +344,7 @@ func (a *App) load(now time.Time) homeostat.Load {
 	}
 	if v := a.k.vitals.Load(); v != nil {
 		l.Spare = v.Idle
+		l.Ceiling = homeostat.Ceiling(v.Cores, v.Idle, a.trend.Use(), int(a.k.active.Load()))
 	}
 	return l
 }

@@ -24,6 +24,24 @@ func Fits(capacity, claimed, one Claim, wanted int) int {
 	return max(n, 0)
 }
 
+// Ceiling is how many cores an app may be given while others have traffic too,
+// so that these find a processor when a request comes: what they do not use of
+// three quarters of the machine, and never less than its part of that. use is
+// what the app uses itself, active the number of apps with traffic.
+func Ceiling(cores, idle, use float64, active int) float64 {
+	if active < 2 || cores <= 0 {
+		return 0
+	}
+	most := headroom * cores
+	if idle < 0 {
+		return most
+	}
+	return min(max(most/float64(active), most-max(cores-idle-use, 0)), most)
+}
+
+// headroom: apps together may fill so much of a machine.
+const headroom = 0.75
+
 // Part is the larger of the two shares of the capacity that a claim takes.
 func Part(capacity, c Claim) float64 {
 	part := 0.0

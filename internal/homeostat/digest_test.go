@@ -1,6 +1,7 @@
 package homeostat
 
 import (
+	"math"
 	"math/rand/v2"
 	"slices"
 	"testing"
@@ -153,6 +154,62 @@ func TestFitsAndPart(t *testing.T) {
 	}
 	if got := Part(capacity, Claim{CPU: 2, Memory: 100}); got != 0.5 {
 		t.Errorf("got %g", got)
+	}
+}
+
+func TestCeiling(t *testing.T) {
+	for name, c := range map[string]struct {
+		cores, idle, use float64
+		active           int
+		want             float64
+	}{
+		"alone":                            {2, 0, 2, 1, 0},
+		"two, the other uses little":       {2, 0.4, 1.5, 2, 1.4},
+		"two, the other uses all":          {2, 0, 0, 2, 0.75},
+		"two, this one uses nothing":       {2, 2, 0, 2, 1.5},
+		"idle time is not known":           {2, -1, 0, 2, 1.5},
+		"eight on a large machine":         {64, 20, 10, 8, 14},
+		"others already use more than all": {4, 0, 0, 4, 0.75},
+	} {
+		if got := Ceiling(c.cores, c.idle, c.use, c.active); math.Abs(got-c.want) > 1e-9 {
+			t.Errorf("%s: got %g, want %g", name, got, c.want)
+		}
+	}
+}
+
+// An app that floods gives way as soon as another one has traffic, and takes
+// the machine again when it is alone.
+func TestTrend_TheCeilingBoundsAFlood(t *testing.T) {
+	p := app()
+	p.CPU = Span[float64]{Rest: 0.5, Peak: 2}
+	var trend Trend
+	limit := 0.5
+	run := func(d time.Duration, ceiling float64) {
+		for range d / (10 * time.Millisecond) {
+			l := Load{InFlight: 200, Ready: 1, Limit: limit, Ceiling: ceiling, Spare: -1}
+			trend.Add(p, Sample{Span: 10 * time.Millisecond, Arrived: 1, Answered: 1, Busy: time.Second, CPU: seconds(limit * 0.01), Load: l})
+			if plan := Decide(p, l, &trend); plan.Limit > 0 {
+				limit = plan.Limit
+			} else if ceiling > 0 && plan.Start > 0 {
+				t.Fatalf("%d more instances with a ceiling of %g cores", plan.Start, ceiling)
+			}
+		}
+	}
+	run(time.Second, 0)
+	if limit != 2 {
+		t.Errorf("alone it has %g cores, want its peak", limit)
+	}
+	run(time.Second, 1.2)
+	if limit != 1.2 {
+		t.Errorf("with others it has %g cores, want the ceiling", limit)
+	}
+	run(time.Second, 0.1)
+	if limit != 0.5 {
+		t.Errorf("it has %g cores, want no less than at rest", limit)
+	}
+	run(time.Second, 0)
+	if limit != 2 {
+		t.Errorf("alone again it has %g cores", limit)
 	}
 }
 

@@ -43,6 +43,7 @@ const (
 	CauseMinimum = "scale.min"
 	CauseRenewal = "successor"
 	CauseCalm    = "calm"
+	CauseOthers  = "other apps have traffic"
 	CauseMemory  = "memory limit is near"
 	CauseOOM     = "killed for lack of memory"
 )
@@ -63,6 +64,9 @@ type Load struct {
 	Start time.Duration
 	// Spare is how many of the machine's cores nobody uses; negative: not known.
 	Spare float64
+	// Ceiling is the cores that all of its instances together may be given
+	// while other apps have traffic too, see Ceiling; 0: no bound.
+	Ceiling float64
 	// Streams are long-lived exchanges, which keep a slot each and are not
 	// among those InFlight.
 	Streams int
@@ -100,7 +104,7 @@ const (
 	settle, settleInside = 50 * time.Millisecond, 100 * time.Millisecond
 	// firstLook is how soon the first look follows a request, and the pace
 	// while something is going on; lastLook the pace when all is calm.
-	firstLook, lastLook = 10 * time.Millisecond, 500 * time.Millisecond
+	firstLook, lastLook = 7 * time.Millisecond, 500 * time.Millisecond
 )
 
 // Decide plans for an app.

@@ -49,7 +49,7 @@ const (
 	// kernel's processor limit.
 	memory, period = time.Second, 100 * time.Millisecond
 	// moment at the processor limit that is no chance.
-	moment = 20 * time.Millisecond
+	moment = 2 * firstLook
 	// stretch: what was needed is kept for one to two of these.
 	stretch = 5 * time.Second
 	// cooling is how long calm must last before a limit is lowered.
@@ -156,17 +156,17 @@ func (t *Trend) heat(p Policy, s Sample, now float64) {
 	// An instance may use a whole period's quota at once. Half of it gone,
 	// faster than it comes back, says that the rest will be gone too; and so
 	// does a moment at the limit.
-	if now >= 0.9*all && s.InFlight > 0 {
+	throttled := s.Throttled > 0 && 4*s.Throttled >= s.Periods
+	if (now >= 0.9*all || throttled) && s.InFlight > 0 {
 		t.tight += s.Span
 	} else {
 		t.tight = 0
 	}
 	quota := all * period.Seconds()
 	burst := t.tight > 0 && (max(t.use*period.Seconds(), now*s.Span.Seconds()) >= quota/2 || t.tight >= moment)
-	throttled := s.Throttled > 0 && 4*s.Throttled >= s.Periods
-	if s.InFlight > 0 && (burst || throttled || t.use >= 0.9*all) {
+	if s.InFlight > 0 && (burst || t.use >= 0.9*all) {
 		t.hot += s.Span
-		if limit >= p.CPU.Most() {
+		if limit >= 0.9*s.peak(p) {
 			t.full += s.Span
 		}
 	} else {
@@ -207,6 +207,14 @@ func (t *Trend) lag(s Sample) {
 		keep = 0
 	}
 	t.usual = t.usual*keep + took*(1-keep)
+}
+
+// peak is the most that each instance may be given at present.
+func (l *Load) peak(p Policy) float64 {
+	if l.Ceiling <= 0 || l.Ready == 0 {
+		return p.CPU.Most()
+	}
+	return min(max(l.Ceiling/float64(l.Ready), p.CPU.Rest), p.CPU.Most())
 }
 
 func (l *Load) limitOf(p Policy) float64 {
@@ -283,6 +291,9 @@ func (t *Trend) cores(p Policy, l Load) int {
 		return min(n, l.Ready)
 	}
 	n = max(n, ceil((max(t.Rate(), t.inflow)*cost+float64(l.InFlight)*cost/max(gone, catchUp.Seconds()))/(peak*target)))
+	if l.Ceiling > 0 {
+		n = min(n, max(int(l.Ceiling/peak), l.Ready))
+	}
 	if l.Spare >= 0 {
 		n = min(n, l.Ready+ceil(l.Spare/peak-0.25))
 	}
@@ -291,19 +302,21 @@ func (t *Trend) cores(p Policy, l Load) int {
 
 // limit is what each instance may use from now on.
 func (t *Trend) limit(p Policy, l Load) (float64, string) {
-	rest, peak := p.CPU.Rest, p.CPU.Most()
+	rest, peak := p.CPU.Rest, l.peak(p)
 	limit := l.limitOf(p)
 	if l.Ready == 0 || rest <= 0 {
 		return 0, ""
 	}
 	each := t.use / float64(l.Ready)
 	switch {
-	case t.hot > 0 && limit < peak && !l.Lean:
+	case t.hot > 0 && limit < 0.9*peak && !l.Lean:
 		return min(max(2*limit, each/target), peak), CauseCPU
 	case limit > rest && t.cool >= cooling:
 		return max(limit/2, rest), CauseCalm
-	case limit < rest || limit > peak: // the policy changed
-		return min(max(limit, rest), peak), "policy"
+	case limit > 1.15*peak:
+		return peak, CauseOthers
+	case limit < rest: // the policy changed
+		return rest, "policy"
 	}
 	return 0, ""
 }

@@ -44,8 +44,27 @@ type Stats struct {
 	OOMKills                  uint64
 }
 
-// period of the CPU quota.
-const period = 100 * time.Millisecond
+// The processor quota is given out in periods: a tenth of the usual 100 ms, for
+// who has used his up waits for the next one, and who may use two processors
+// for half of it keeps both from his neighbours. Very small limits get longer
+// ones, as the kernel gives no less than a millisecond.
+const (
+	period     = 10 * time.Millisecond
+	longPeriod = 100 * time.Millisecond
+	shortFrom  = 0.2 // cores
+)
+
+// quota of a limit in cores and its period, in µs; -1: none.
+func quota(cores float64) (quota, per int64) {
+	per = period.Microseconds()
+	switch {
+	case cores <= 0:
+		return -1, per
+	case cores < shortFrom:
+		per = longPeriod.Microseconds()
+	}
+	return max(int64(cores*float64(per)), 1000), per // the kernel's least
+}
 
 // Root is where the groups of one daemon live.
 type Root struct {
@@ -244,23 +263,20 @@ func (g *Group) Set(l Limits) error {
 }
 
 func (g *Group) setCPU(l Limits) error {
-	quota := int64(-1)
-	if l.CPU > 0 {
-		quota = max(int64(l.CPU*float64(period.Microseconds())), 1000) // the kernel's least
-	}
+	quota, per := quota(l.CPU)
 	if g.root.v2 {
 		q := "max"
 		if quota > 0 {
 			q = strconv.FormatInt(quota, 10)
 		}
-		err := write(g.file("cpu", "cpu.max"), q+" "+strconv.FormatInt(period.Microseconds(), 10))
+		err := write(g.file("cpu", "cpu.max"), q+" "+strconv.FormatInt(per, 10))
 		if l.CPUWeight > 0 {
 			err = errors.Join(err, write(g.file("cpu", "cpu.weight"), strconv.FormatUint(l.CPUWeight, 10)))
 		}
 		return err
 	}
-	// The period is 100 ms unless somebody changed it, so the quota alone says it.
-	err := write(g.file("cpu", "cpu.cfs_quota_us"), strconv.FormatInt(quota, 10))
+	err := write(g.file("cpu", "cpu.cfs_period_us"), strconv.FormatInt(per, 10))
+	err = errors.Join(err, write(g.file("cpu", "cpu.cfs_quota_us"), strconv.FormatInt(quota, 10)))
 	if l.CPUWeight > 0 {
 		shares := max(l.CPUWeight*1024/100, 2)
 		err = errors.Join(err, write(g.file("cpu", "cpu.shares"), strconv.FormatUint(shares, 10)))
