@@ -132,14 +132,16 @@ func (h *History) Expect(idle, lifetime time.Duration, least int) Level {
 	}
 	renewed := 0.0
 	if lifetime > 0 {
-		renewed = awake / lifetime.Seconds()
-		if least == 0 && awake > 0 {
-			// The end falls into a quiet time with the share of these, and
-			// matters where the gap would have been survived.
-			quiet := h.Gaps.Within(recent, idle).Seconds() / awake
-			survived := 1 - cold/max(h.Gaps.Over(recent), 1)
-			cold += renewed * quiet * max(survived, 0)
+		if many := h.Gaps.Over(recent); least == 0 && awake > 0 && many > 0 {
+			// The end of a lifetime falls into a quiet time with the share of
+			// these. Then the app sleeps for what is left of the gap, which
+			// would have been survived, and the next request is cold.
+			quiet := h.Gaps.Within(recent, idle).Seconds()
+			ends := quiet / awake * max(1-cold/many, 0) / lifetime.Seconds() // a second awake
+			awake /= 1 + ends*quiet/many
+			cold += awake * ends
 		}
+		renewed = awake / lifetime.Seconds()
 	}
 	l := Level{Cold: min(cold/requests, 1), Awake: awake / span, Starts: (cold + renewed) / span * (24 * time.Hour).Seconds()}
 	l.Wait50, l.Wait99 = h.wait(l.Cold, .5), h.wait(l.Cold, .99)

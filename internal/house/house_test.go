@@ -14,7 +14,7 @@ import (
 var floors = [][]string{
 	{"internal/fleet"},
 	{"internal/homeostat", "internal/store", "internal/etcd", "internal/image", "internal/sandbox", "internal/network", "internal/appfile", "internal/events", "internal/plot"},
-	{"internal/dispatch", "internal/control", "internal/node", "internal/release"},
+	{"internal/dispatch", "internal/control", "internal/node", "internal/release", "internal/simulate"},
 	{"internal/api"},
 	{"internal/daemon"},
 	{"cmd/fastcontainer", "bench", "examples/hello"},
