@@ -102,7 +102,7 @@ func newRoot(c *cli) *cobra.Command {
 		c.serveCommand(),
 		c.deployCommand(), c.appsCommand(), c.psCommand(), c.inspectCommand(), c.logsCommand(), c.eventsCommand(),
 		c.execCommand(), c.runCommand(), c.stopCommand(), c.startCommand(), c.deleteCommand(), c.rollbackCommand(),
-		c.imageCommand(), c.topCommand(), c.doctorCommand(), c.versionCommand(),
+		c.imageCommand(), c.topCommand(), c.planCommand(), c.simulateCommand(), c.doctorCommand(), c.versionCommand(),
 	)
 	return root
 }

@@ -166,6 +166,12 @@ func (c *Client) App(ctx context.Context, name fleet.AppName) (AppDetail, error)
 	return get[AppDetail](ctx, c, http.MethodGet, appPath(name, ""))
 }
 
+// Plan tells an app's service level; wanted is the share of the requests, 0 to
+// 1, that should meet no start.
+func (c *Client) Plan(ctx context.Context, name fleet.AppName, wanted float64) (Plan, error) {
+	return get[Plan](ctx, c, http.MethodGet, appPath(name, "/plan?wanted="+strconv.FormatFloat(wanted, 'g', -1, 64)))
+}
+
 // steps reads a stream of a deploy or a pull to its end.
 func (c *Client) steps(ctx context.Context, path string, body any, p image.Progress) (DeployStep, error) {
 	var last DeployStep

@@ -30,6 +30,9 @@ type Backend interface {
 
 	Apps(ctx context.Context) ([]App, error)
 	App(ctx context.Context, name fleet.AppName) (AppDetail, error)
+	// Plan tells an app's service level; wanted is the share of requests that
+	// should meet no start.
+	Plan(name fleet.AppName, wanted float64) (Plan, error)
 	// Deploy returns when requests reach the new revision.
 	Deploy(ctx context.Context, spec fleet.Spec, p image.Progress) (fleet.Revision, error)
 	Rollback(ctx context.Context, name fleet.AppName) (fleet.Revision, error)
@@ -78,6 +81,7 @@ func NewServer(b Backend, metrics prometheus.Gatherer, log *slog.Logger) *Server
 		"GET /v1/apps":                 s.apps,
 		"POST /v1/apps":                s.deploy,
 		"GET /v1/apps/{app}":           s.app,
+		"GET /v1/apps/{app}/plan":      s.plan,
 		"DELETE /v1/apps/{app}":        s.remove,
 		"POST /v1/apps/{app}/stop":     s.stop,
 		"POST /v1/apps/{app}/start":    s.start,
@@ -259,6 +263,21 @@ func (s *Server) app(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	return reply(w, d)
+}
+
+func (s *Server) plan(w http.ResponseWriter, r *http.Request) error {
+	wanted := 0.99
+	if v := r.URL.Query().Get("wanted"); v != "" {
+		var err error
+		if wanted, err = strconv.ParseFloat(v, 64); err != nil || !(wanted > 0 && wanted < 1) { //nolint:staticcheck // NaN is refused too
+			return &fleet.Error{Op: "plan", Subject: r.PathValue("app"), Kind: fleet.ErrInvalid, Err: fmt.Errorf("%q is no share between 0 and 1", v)}
+		}
+	}
+	p, err := s.b.Plan(appName(r), wanted)
+	if err != nil {
+		return err
+	}
+	return reply(w, p)
 }
 
 func (s *Server) deploy(w http.ResponseWriter, r *http.Request) error {

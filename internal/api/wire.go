@@ -102,6 +102,38 @@ type Instance struct {
 	Memory Usage[int64] `json:"memory"`
 }
 
+// Plan is the service level that an app gets, from what its requests on this
+// node were like since the daemon started, and what other policies would mean.
+type Plan struct {
+	App fleet.AppName `json:"app"`
+	// Requests in Seconds, and how long its starts took.
+	Requests uint64  `json:"requests"`
+	Seconds  float64 `json:"seconds"`
+	StartP50 float64 `json:"start_p50_ms"`
+	StartP99 float64 `json:"start_p99_ms"`
+	// Now is the policy that is in force, Others are some beside it.
+	Now    PlanLevel   `json:"now"`
+	Others []PlanLevel `json:"others"`
+	// Wanted is the share of the requests that should meet no start, and
+	// Reach the shortest idle time that gives it; empty: only scale.min 1.
+	Wanted float64 `json:"wanted"`
+	Reach  string  `json:"reach"`
+}
+
+// PlanLevel is what one policy gives.
+type PlanLevel struct {
+	Idle     string `json:"idle"`
+	Lifetime string `json:"lifetime"`
+	Min      int    `json:"min"`
+	// Cold is the share of the requests that meet a start, waits in ms.
+	Cold    float64 `json:"cold"`
+	WaitP50 float64 `json:"wait_p50_ms"`
+	WaitP99 float64 `json:"wait_p99_ms"`
+	// Starts a day, and memory at rest × time, in byte seconds a day.
+	Starts        float64 `json:"starts_a_day"`
+	MemorySeconds float64 `json:"memory_byte_seconds_a_day"`
+}
+
 // Image in a list.
 type Image struct {
 	Digest   fleet.Digest `json:"digest"`

@@ -32,6 +32,7 @@ type App struct {
 	limit  float64 // cores of each instance; 0: as at rest
 	memory int64   // that instances to come have at rest, if more than the policy says
 	births *births // nil before the first
+	record *record // nil before the first request
 	// fullUntil: the machine had no room; asking again is useless before.
 	fullUntil time.Time
 	used      time.Time // end of the last response
@@ -129,6 +130,7 @@ func (a *App) Acquire(ctx context.Context, arrived time.Time) (*Lease, error) {
 		return nil, &fleet.Error{Op: "route to", Subject: string(a.name), Kind: fleet.ErrUnavailable, Err: errShutdown}
 	}
 	a.mu.Lock()
+	a.arrives(arrived)
 	if m := a.free(); m != nil && a.waiting == nil {
 		l := a.lease(m, nil, arrived)
 		a.mu.Unlock()
@@ -147,6 +149,7 @@ func (a *App) lease(m *member, b *birth, now time.Time) *Lease {
 	m.inflight++
 	a.watch.inFlight++
 	a.watch.arrived++
+	a.record.opens(now)
 	a.noticed()
 	return &Lease{m: m, birth: b, began: now}
 }
@@ -834,6 +837,7 @@ func (l *Lease) Release(failed bool) {
 		w.busy += now.Sub(l.began)
 	}
 	a.used = now
+	a.record.closes(now, a.waiting != nil)
 	m.answered = m.answered || !failed
 	if failed {
 		m.brokeAt = now
