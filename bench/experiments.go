@@ -52,9 +52,9 @@ func (b *bench) crowd(r *report, name, label string, change func(*fleet.Spec)) (
 
 const crowdHead = "| | answers at the end | p50 | p95 | served well after | instances | cores allowed | failed |\n|---|---|---|---|---|---|---|---|"
 
-func thirty(rest, peak float64, most int) func(*fleet.Spec) {
+func thirty(peak float64, most int) func(*fleet.Spec) {
 	return func(s *fleet.Spec) {
-		s.Resources.CPU = fleet.CPU{Rest: rest, Peak: peak}
+		s.Resources.CPU = fleet.CPU{Rest: .3, Peak: peak}
 		s.Scale.Max = most
 	}
 }
@@ -62,11 +62,11 @@ func thirty(rest, peak float64, most int) func(*fleet.Spec) {
 func scaleOut(b *bench, r *report) error {
 	r.say("A hundred clients ask an app of Apache and PHP (Debian's) again and again, each as soon as it has its answer. An instance may use 30 %% of a")
 	r.say("core. First nothing else is allowed, then up to ten siblings. This is the setup of the papers' scale-out experiment, whose numbers are not public.\n")
-	alone, err := b.crowd(r, "alone", "one instance, 30 % of a core", thirty(.3, .3, 1))
+	alone, err := b.crowd(r, "alone", "one instance, 30 % of a core", thirty(.3, 1))
 	if err != nil {
 		return err
 	}
-	many, err := b.crowd(r, "siblings", "up to ten instances, 30 % of a core each", thirty(.3, .3, 10))
+	many, err := b.crowd(r, "siblings", "up to ten instances, 30 % of a core each", thirty(.3, 10))
 	if err != nil {
 		return err
 	}
@@ -80,15 +80,15 @@ func scaleOut(b *bench, r *report) error {
 func scaleUp(b *bench, r *report) error {
 	r.say("The same clients and the same app as in [scale-out](scale-out.md), with one instance only. First it keeps its 30 %% of a core, then its limit may")
 	r.say("move to a whole one while it runs.\n")
-	fixed, err := b.crowd(r, "fixed", "30 % of a core", thirty(.3, .3, 1))
+	fixed, err := b.crowd(r, "fixed", "30 % of a core", thirty(.3, 1))
 	if err != nil {
 		return err
 	}
-	moved, err := b.crowd(r, "moved", "from 30 % to 100 % of a core", thirty(.3, 1, 1))
+	moved, err := b.crowd(r, "moved", "from 30 % to 100 % of a core", thirty(1, 1))
 	if err != nil {
 		return err
 	}
-	both, err := b.crowd(r, "both", "to 100 % and up to ten instances", thirty(.3, 1, 10))
+	both, err := b.crowd(r, "both", "to 100 % and up to ten instances", thirty(1, 10))
 	if err != nil {
 		return err
 	}
