@@ -326,10 +326,13 @@ func (n *node) php(name string, change func(*fleet.Spec)) error {
 		return err
 	}
 	for file, text := range map[string]string{
-		"index.php":  "<?php for ($i = 0, $s = ''; $i < 6000; $i++) { $s = md5($s . $i); } echo $s;",
-		"ports.conf": "Listen 8080\n",
-		"site.conf":  "ServerName localhost\n<VirtualHost *:8080>\nDocumentRoot /var/www/html\nErrorLog /dev/stderr\n</VirtualHost>\n",
+		"www/index.php": "<?php for ($i = 0, $s = ''; $i < 20000; $i++) { $s = md5($s . $i); } echo $s;",
+		"ports.conf":    "Listen 8080\n",
+		"site.conf":     "ServerName localhost\n<VirtualHost *:8080>\nDocumentRoot /var/www/html\nErrorLog /dev/stderr\n</VirtualHost>\n",
 	} {
+		if err := os.MkdirAll(filepath.Dir(filepath.Join(dir, file)), 0o755); err != nil { //nolint:gosec // the same
+			return err
+		}
 		if err := os.WriteFile(filepath.Join(dir, file), []byte(text), 0o644); err != nil { //nolint:gosec // the same
 			return err
 		}
@@ -340,7 +343,7 @@ func (n *node) php(name string, change func(*fleet.Spec)) error {
 	s.Volumes = []fleet.Volume{
 		{Bind: dir + "/ports.conf", Mount: "/etc/apache2/ports.conf", Readonly: true},
 		{Bind: dir + "/site.conf", Mount: "/etc/apache2/sites-enabled/000-default.conf", Readonly: true},
-		{Bind: dir + "/index.php", Mount: "/var/www/html/index.php", Readonly: true},
+		{Bind: dir + "/www", Mount: "/var/www/html", Readonly: true},
 	}
 	s.Resources.Memory.Rest = 512 << 20
 	change(&s)
@@ -348,7 +351,10 @@ func (n *node) php(name string, change func(*fleet.Spec)) error {
 	if _, err = n.client.Deploy(n.b.ctx, s, nil); err != nil {
 		return err
 	}
-	return n.once(name)
+	if run := load.Closed(n.b.ctx, n.target(name, "/"), 1, time.Minute, 1); len(run.Failed()) > 0 {
+		return fmt.Errorf("the page of PHP: %v", run.Failed())
+	}
+	return nil
 }
 
 var errSlow = errors.New("it does not come to rest")
