@@ -99,7 +99,8 @@ func (b *bench) experiment(only, dir string) error {
 	}
 	var index []string
 	for _, e := range experiments {
-		if only != "" && only != e.name {
+		if only != "" && !slices.Contains(strings.Split(only, ","), e.name) {
+			index = append(index, kept(filepath.Join(dir, "README.md"), e.name)...)
 			continue
 		}
 		began := time.Now()
@@ -126,11 +127,26 @@ func (b *bench) experiment(only, dir string) error {
 	b.head()
 	doc := strings.NewReplacer("# Benchmarks", "# Experiments", "`make bench` beside its peers in the same run", "`make experiments`, all in one run on one machine that also made the load").Replace(b.out.String())
 	doc += "| experiment | wanted | measured |\n|---|---|---|\n" + strings.Join(index, "\n") + "\n"
-	if only != "" || b.quick || dir == "" {
+	if b.quick || dir == "" {
 		fmt.Print(doc)
 		return nil
 	}
 	return os.WriteFile(filepath.Join(dir, "README.md"), []byte(doc), 0o644) //nolint:gosec // a document
+}
+
+// kept are the lines of an experiment that was not made again.
+func kept(file, name string) []string {
+	old, err := os.ReadFile(file) //nolint:gosec // a document of ours
+	if err != nil {
+		return nil
+	}
+	var lines []string
+	for line := range strings.Lines(string(old)) {
+		if strings.HasPrefix(line, "| ["+name+"]") {
+			lines = append(lines, strings.TrimRight(line, "\n"))
+		}
+	}
+	return lines
 }
 
 // worker deploys an app of the worker.

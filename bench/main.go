@@ -29,7 +29,7 @@ type bench struct {
 }
 
 func main() {
-	only := flag.String("only", "", "one of cold, rate, warm, apps, instances; or the name of an experiment")
+	only := flag.String("only", "", "one of cold, rate, warm, apps, instances; or names of experiments, with commas")
 	trials := flag.Bool("experiments", false, "make the experiments")
 	quick := flag.Bool("quick", false, "fewer rounds: for trying it out, not for the document")
 	file := flag.String("out", "docs/benchmarks.md", "document to write; not written with -only or -quick")
