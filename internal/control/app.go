@@ -386,11 +386,7 @@ func (a *App) reweigh() {
 		return
 	}
 	a.weight = w
-	for _, m := range a.ready {
-		if !m.retiring {
-			a.resize(m, sandbox.Limits{CPUWeight: w}, "", nil)
-		}
-	}
+	a.resizeAll(sandbox.Limits{CPUWeight: w}, "", nil)
 }
 
 // started takes up the end of a start.

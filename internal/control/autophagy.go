@@ -142,16 +142,12 @@ func (a *App) digest(now time.Time, m *member, c homeostat.Cell, b homeostat.Bit
 		a.retire(m, b.Cause)
 		return true
 	}
-	if inputs["lacks_cpu"] > 0 && c.CPU > c.CPURest {
+	if b.CPU {
 		a.leanUntil = now.Add(lean)
 		a.limit = a.policy.CPU.Rest
-		for _, s := range a.ready {
-			if !s.retiring {
-				a.resize(s, sandbox.Limits{CPU: a.limit}, b.Cause, inputs)
-			}
-		}
+		a.resizeAll(sandbox.Limits{CPU: a.limit}, b.Cause, inputs)
 	}
-	if c.Memory < c.MemoryRest && c.MemoryLimit > c.MemoryRest {
+	if b.Memory {
 		a.resize(m, sandbox.Limits{Memory: fleet.Bytes(c.MemoryRest)}, b.Cause, inputs)
 	}
 	return true

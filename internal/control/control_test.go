@@ -84,15 +84,7 @@ func (n *fakeNode) Resize(i Instance, l sandbox.Limits, cause string, _ map[stri
 	f := i.(*fakeInstance)
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if l.CPU > 0 {
-		f.limits.CPU = l.CPU
-	}
-	if l.CPUWeight > 0 {
-		f.limits.CPUWeight = l.CPUWeight
-	}
-	if l.Memory > 0 {
-		f.limits.Memory = l.Memory
-	}
+	f.limits = l.Over(f.limits)
 	if cause != "" {
 		n.mu.Lock()
 		n.resizes = append(n.resizes, fmt.Sprintf("%g %s", l.CPU, cause))
@@ -116,13 +108,7 @@ func (n *fakeNode) Start(ctx context.Context, o Order) (Instance, error) {
 		return nil, err
 	}
 	now := time.Now()
-	limits := o.Limits
-	if limits.CPU == 0 {
-		limits.CPU = rev.Spec.Resources.CPU.Rest
-	}
-	if limits.Memory == 0 {
-		limits.Memory = rev.Spec.Resources.Memory.Rest
-	}
+	limits := o.Limits.Over(sandbox.Limits{CPU: rev.Spec.Resources.CPU.Rest, Memory: rev.Spec.Resources.Memory.Rest})
 	i := &fakeInstance{node: n, limits: limits, rev: rev, ready: now, info: fleet.Instance{ID: fleet.NewInstanceID(rev.App), App: rev.App, Revision: rev.ID, State: fleet.StateReady, ReadyAt: now}}
 	if l := rev.Spec.Lifetime.Std(); l > 0 {
 		i.info.ExpiresAt = now.Add(l)

@@ -167,15 +167,19 @@ func (a *App) sample(now time.Time, seen []reading) {
 
 // carryOut changes limits as planned. The caller holds the lock.
 func (a *App) carryOut(now time.Time, plan homeostat.Plan) {
-	a.active = plan.Active
 	if plan.Limit <= 0 || plan.Limit == a.limit {
 		return
 	}
-	inputs := a.inputs(now)
 	a.limit = plan.Limit
+	a.resizeAll(sandbox.Limits{CPU: plan.Limit}, plan.LimitCause, a.inputs(now))
+}
+
+// resizeAll changes limits of all instances in the route. The caller holds the
+// lock.
+func (a *App) resizeAll(l sandbox.Limits, cause string, inputs map[string]float64) {
 	for _, m := range a.ready {
 		if !m.retiring {
-			a.resize(m, sandbox.Limits{CPU: plan.Limit}, plan.LimitCause, inputs)
+			a.resize(m, l, cause, inputs)
 		}
 	}
 }
@@ -193,15 +197,7 @@ type change struct {
 // carried out yet. The caller holds the lock.
 func (a *App) resize(m *member, l sandbox.Limits, cause string, inputs map[string]float64) {
 	c := &m.change
-	if l.CPU > 0 {
-		c.limits.CPU = l.CPU
-	}
-	if l.CPUWeight > 0 {
-		c.limits.CPUWeight = l.CPUWeight
-	}
-	if l.Memory > 0 {
-		c.limits.Memory = l.Memory
-	}
+	c.limits = l.Over(c.limits)
 	if cause != "" {
 		c.cause, c.inputs = cause, inputs
 	}

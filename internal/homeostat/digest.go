@@ -50,7 +50,9 @@ func (h Hunger) None() bool { return h.Memory <= 0 && h.CPU <= 0 && h.Rooms <= 0
 type Bite struct {
 	Cell   int // index
 	Retire bool
-	Cause  string
+	// CPU and Memory: these limits go back to rest.
+	CPU, Memory bool
+	Cause       string
 }
 
 // Causes of digestion.
@@ -138,6 +140,7 @@ func Digest(h Hunger, cells []Cell, most int) []Bite {
 			return cmp.Or(cmp.Compare(a.Priority, b.Priority), cmp.Compare(end(a), end(b)), cmp.Compare(b.Unused, a.Unused))
 		}
 	})
+	lacksCPU := h.CPU > 0
 	var bites []Bite
 	given := map[int]bool{}
 	for _, c := range order {
@@ -150,6 +153,10 @@ func Digest(h Hunger, cells []Cell, most int) []Bite {
 		}
 		given[cell.App] = true
 		bite := Bite{Cell: c.cell, Retire: c.class != harmPeak, Cause: c.cause}
+		if !bite.Retire {
+			bite.CPU = lacksCPU && cell.CPU > cell.CPURest
+			bite.Memory = cell.Memory < cell.MemoryRest && cell.MemoryLimit > cell.MemoryRest
+		}
 		bites = append(bites, bite)
 		if bite.Retire {
 			h.Memory -= cell.Memory

@@ -24,6 +24,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
+	"github.com/fastcontainer/fastcontainer/internal/homeostat"
 	"github.com/fastcontainer/fastcontainer/internal/image"
 	"github.com/fastcontainer/fastcontainer/internal/sandbox"
 )
@@ -219,7 +220,7 @@ func (n *Node) start(ctx context.Context, i *Instance, stages *fleet.Stages) err
 	i.log = want.Log
 	// A start may use all that it will ever be given: it is soon over, and
 	// somebody waits for it.
-	resting := within(i.limits, want.Limits)
+	resting := i.limits.Over(want.Limits)
 	want.Limits = resting
 	want.Limits.CPU = max(resting.CPU, spec.Resources.CPU.Peak)
 	want.Limits.Memory = max(resting.Memory, spec.Resources.Memory.Peak)
@@ -247,7 +248,7 @@ func (n *Node) start(ctx context.Context, i *Instance, stages *fleet.Stages) err
 	i.limits = resting
 	i.readyAt = time.Now()
 	i.info.ReadyAt = i.readyAt
-	if l := lifetime(spec, rand.Float64()); l > 0 { //nolint:gosec // spread, not secrecy
+	if l := homeostat.Lifetime(homeostat.Policy{Lifetime: spec.Lifetime.Std()}, rand.Float64()); l > 0 { //nolint:gosec // spread, not secrecy
 		i.info.ExpiresAt = i.readyAt.Add(l)
 	}
 	i.mu.Unlock()
@@ -260,20 +261,6 @@ func (n *Node) start(ctx context.Context, i *Instance, stages *fleet.Stages) err
 	n.arm(i)
 	n.watch(i)
 	return nil
-}
-
-// within lays limits over those at rest.
-func within(l, rest sandbox.Limits) sandbox.Limits {
-	if l.CPU > 0 {
-		rest.CPU = l.CPU
-	}
-	if l.CPUWeight > 0 {
-		rest.CPUWeight = l.CPUWeight
-	}
-	if l.Memory > 0 {
-		rest.Memory = l.Memory
-	}
-	return rest
 }
 
 // rest takes from a ready instance what it had for its start alone, but leaves
@@ -290,13 +277,6 @@ func (n *Node) rest(i *Instance, rest, now sandbox.Limits) sandbox.Limits {
 	}
 	n.cfg.Logger.Warn("return to rest", "instance", i.info.ID, "error", err)
 	return now
-}
-
-// lifetime of one instance: up to a tenth shorter than its spec's, so that
-// siblings do not end together.
-func lifetime(s fleet.Spec, chance float64) time.Duration {
-	l := s.Lifetime.Std()
-	return l - time.Duration(chance*float64(l)/10)
 }
 
 // watch reports the end of a ready instance that nobody asked for.
@@ -503,8 +483,7 @@ func (n *Node) Resize(i *Instance, l sandbox.Limits, cause string, inputs map[st
 	i.sizing.Lock()
 	defer i.sizing.Unlock()
 	before := i.Limits()
-	l.PIDs = before.PIDs
-	l = within(l, before)
+	l = l.Over(before)
 	if l == before {
 		return nil
 	}

@@ -84,6 +84,23 @@ type Limits struct {
 	PIDs   int64       `json:"pids"`
 }
 
+// Over lays limits over others: a zero leaves a number as it is.
+func (l Limits) Over(base Limits) Limits {
+	if l.CPU > 0 {
+		base.CPU = l.CPU
+	}
+	if l.CPUWeight > 0 {
+		base.CPUWeight = l.CPUWeight
+	}
+	if l.Memory > 0 {
+		base.Memory = l.Memory
+	}
+	if l.PIDs > 0 {
+		base.PIDs = l.PIDs
+	}
+	return base
+}
+
 // Stats of one container, read at once from its cgroup.
 type Stats struct {
 	CPUTime       time.Duration `json:"cpu_time"`
