@@ -281,9 +281,6 @@ func (t *Trend) cores(p Policy, l Load) int {
 		return 0
 	}
 	n := ceil(ratio(t.cpu, t.span) / (peak * target))
-	if n <= l.Ready && t.full == 0 {
-		return n
-	}
 	cost := ratio(t.cpu, max(t.answered, 1))
 	gone := max(l.Start, settleInside).Seconds()
 	behind := float64(l.InFlight) * cost / (peak * float64(l.Ready))
@@ -297,7 +294,7 @@ func (t *Trend) cores(p Policy, l Load) int {
 	if l.Spare >= 0 {
 		n = min(n, l.Ready+ceil(l.Spare/peak-0.25))
 	}
-	return max(n, min(l.Ready, 1))
+	return max(n, 1)
 }
 
 // limit is what each instance may use from now on.
