@@ -85,22 +85,12 @@ func (c *container) exec(ctx context.Context, proc Process) (_ int, err error) {
 
 	// A helper enters the namespaces; entering a PID namespace counts for its
 	// children only, so the program is a child of it.
-	dir, err := p.group.Open()
+	helper, err := c.n.spawnInto(ctx, p.group, 0, func(status, bool) {})
+	if helper != nil {
+		defer helper.close()
+	}
 	if err != nil {
 		return -1, err
-	}
-	if dir >= 0 {
-		defer func() { _ = unix.Close(dir) }()
-	}
-	helper, err := c.n.spawn(ctx, nil, 0, dir, func(status, bool) {})
-	if err != nil {
-		return -1, err
-	}
-	defer helper.close()
-	if dir < 0 {
-		if err := p.group.Add(helper.pid); err != nil {
-			return -1, err
-		}
 	}
 	pidfd, err := unix.PidfdOpen(p.machine.pid, 0)
 	if err != nil {

@@ -124,24 +124,37 @@ func (n *Native) prepare(ctx context.Context, userns bool, caps uint64) (_ *prep
 	return p, nil
 }
 
-// birth forks the sandbox's first process and puts it into its cgroup.
-func (n *Native) birth(ctx context.Context, p *prepared, namespaces uint64) error {
-	dir, err := p.group.Open()
+// birth forks the sandbox's first process into its cgroup.
+func (n *Native) birth(ctx context.Context, p *prepared, namespaces uint64) (err error) {
+	p.machine, err = n.spawnInto(ctx, p.group, namespaces, p.end)
+	return err
+}
+
+// spawnInto forks a child of the mother that is in a cgroup.
+func (n *Native) spawnInto(ctx context.Context, g *cgroup.Group, namespaces uint64, ended func(status, bool)) (*machine, error) {
+	dir, err := g.Open()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if dir >= 0 {
 		defer func() { _ = unix.Close(dir) }()
 	}
-	m, err := n.spawn(ctx, nil, namespaces, dir, p.end)
+	m, err := n.spawn(ctx, nil, namespaces, dir, ended)
+	if err != nil || dir >= 0 {
+		return m, err
+	}
+	doors, err := g.Doors()
 	if err != nil {
-		return err
+		return m, err
 	}
-	p.machine = m
-	if dir < 0 {
-		return p.group.Add(m.pid)
+	defer closeAll(doors)
+	t := &tape{}
+	for i := range doors {
+		t.call("enter cgroup", unix.SYS_WRITE, num(firstFD+i), t.bytes([]byte("0")), num(1))
 	}
-	return nil
+	t.call("close descriptors", unix.SYS_CLOSE_RANGE, num(firstFD), num(^uint32(0)), num(0))
+	t.done()
+	return m, m.play(ctx, t, doors...)
 }
 
 // bear has the mother fork. One that somebody killed is replaced.
