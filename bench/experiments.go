@@ -417,7 +417,12 @@ func autophagy(b *bench, r *report) error {
 	})
 	runs := make([]*load.Run, len(busy))
 	for i, name := range busy {
-		wg.Go(func() { runs[i] = load.Open(b.ctx, n.target(name, "/burn?ms=1"), 20, 3*part) })
+		wg.Go(func() {
+			// Strangers do not keep step: or the three would queue for each
+			// other twenty times a second, also where nothing happens.
+			time.Sleep(time.Duration(i) * time.Second / 20 / time.Duration(len(busy)))
+			runs[i] = load.Open(b.ctx, n.target(name, "/burn?ms=1"), 20, 3*part)
+		})
 	}
 	wg.Wait()
 	stop()

@@ -13,6 +13,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"sync"
@@ -142,8 +143,18 @@ func (d *Daemon) prepare() error {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(200)
 	}
+	// To make and to remove containers is to call the kernel, which makes the
+	// caller wait for 10 ms and more: for other processors (RCU), for the locks
+	// of the network and of mounts. The runtime counts such a thread as one that
+	// runs, and until its monitor looks, requests wait with it. With spare ones
+	// they do not; who sets GOMAXPROCS knows better.
+	if os.Getenv("GOMAXPROCS") == "" {
+		runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + spareThreads)
+	}
 	return nil
 }
+
+const spareThreads = 4
 
 // lockRun keeps a second daemon out of the run directory.
 func lockRun(dir string) (func() error, error) {
