@@ -112,7 +112,7 @@ var errShutdown = errors.New("daemon is stopping")
 // New makes control without apps.
 func New(c Config) (*Control, error) {
 	if c.Starts <= 0 {
-		c.Starts = 16 * runtime.GOMAXPROCS(0)
+		c.Starts = 16 * runtime.NumCPU()
 	}
 	k := &Control{cfg: c, apps: map[fleet.AppName]*App{}, ledger: newLedger(c.Capacity, c.Starts)}
 	k.ctx, k.cancel = context.WithCancelCause(context.Background())

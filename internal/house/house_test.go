@@ -12,7 +12,7 @@ import (
 // floors, from the ground up: a package imports only packages of lower floors,
 // of its own floor where sameFloor says so, and its own children.
 var floors = [][]string{
-	{"internal/fleet"},
+	{"internal/fleet", "internal/slow"},
 	{"internal/homeostat", "internal/store", "internal/etcd", "internal/image", "internal/sandbox", "internal/network", "internal/appfile", "internal/events", "internal/plot"},
 	{"internal/dispatch", "internal/control", "internal/node", "internal/release", "internal/simulate"},
 	{"internal/api"},

@@ -10,6 +10,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/fastcontainer/fastcontainer/internal/slow"
 )
 
 // removal takes connections off the host together. The kernel lets go of an
@@ -79,6 +81,7 @@ func (n *Network) remove(leases []Lease) error {
 
 // forget removes what the host knows of an address.
 func (n *Network) forget(a netip.Addr) error {
+	slow.Ahead()
 	err := n.kernel.NeighDel(&netlink.Neigh{Family: netlink.FAMILY_V4, LinkIndex: n.bridge, IP: a.AsSlice()})
 	if err != nil && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("remove neighbour %s: %w", a, err)

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
+	"github.com/fastcontainer/fastcontainer/internal/slow"
 )
 
 // filters changes nftables, one transaction at a time, in one network
@@ -36,6 +37,7 @@ func (f *filters) change(ask func(*nftables.Conn) error) error {
 	}
 	err := ask(f.conn)
 	if err == nil {
+		slow.Ahead()
 		err = f.conn.Flush()
 	}
 	if err != nil { // the connection may still hold questions, or answers

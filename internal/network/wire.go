@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
+	"github.com/fastcontainer/fastcontainer/internal/slow"
 )
 
 // wire speaks with the kernel about one network namespace: that of the thread
@@ -60,6 +61,7 @@ func (w *wire) send(kind, flags int, parts ...nl.NetlinkRequestData) error {
 	for _, p := range parts {
 		req.AddData(p)
 	}
+	slow.Ahead()
 	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
 	return err
 }

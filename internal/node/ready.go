@@ -68,7 +68,7 @@ func (i *Instance) awaitReady(ctx context.Context) error {
 
 // pace between two probes of a start when so many start at once.
 func pace(since time.Duration, many int64) time.Duration {
-	share := time.Duration(min(max(many/int64(runtime.GOMAXPROCS(0)), 1), 16))
+	share := time.Duration(min(max(many/int64(runtime.NumCPU()), 1), 16))
 	switch {
 	case since < 100*time.Millisecond:
 		return share * 300 * time.Microsecond

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/fastcontainer/fastcontainer/internal/sandbox/cgroup"
+	"github.com/fastcontainer/fastcontainer/internal/slow"
 )
 
 // prepared is a sandbox before it knows what it will be: a machine inside
@@ -213,6 +214,7 @@ func (n *Native) letGo(p *prepared) {
 	userns := p.userns
 	p.userns = nil
 	n.background.Go(func() {
+		slow.Ahead()
 		closeAll(garbage)
 		if userns != nil {
 			_ = userns.Close()

@@ -25,6 +25,8 @@ import (
 
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
+
+	"github.com/fastcontainer/fastcontainer/internal/slow"
 )
 
 // Limits of a group. Zero leaves a number unlimited.
@@ -228,6 +230,7 @@ func (g *Group) file(controller, name string) string {
 // Create makes the group.
 func (g *Group) Create() error {
 	for _, dir := range g.dirs() {
+		slow.Ahead()
 		if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 			return fmt.Errorf("make cgroup: %w", err)
 		}
@@ -572,6 +575,7 @@ func (g *Group) Remove(ctx context.Context) error {
 
 // removeTree removes a group with the groups that were made inside it.
 func removeTree(dir string) error {
+	slow.Ahead()
 	err := syscall.Rmdir(dir)
 	if err == nil || !errors.Is(err, unix.EBUSY) {
 		return err
@@ -634,6 +638,7 @@ func readTable(path string) (map[string]uint64, error) {
 // write puts a value into a control file with one write(2): the kernel takes
 // it whole or refuses it.
 func write(path, value string) error {
+	slow.Ahead()
 	fd, err := unix.Open(path, unix.O_WRONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return &fs.PathError{Op: "open", Path: path, Err: err}
