@@ -64,7 +64,10 @@ func startMachine(program *os.File) (*machine, error) {
 		return nil, fmt.Errorf("start init program: %w", err)
 	}
 	defer func() { _ = null.Close() }()
-	pid, err := syscall.ForkExec(fmt.Sprintf("/proc/self/fd/%d", program.Fd()), []string{"fastcontainer-init"}, &syscall.ProcAttr{
+	// By our number, not through /proc/self: ForkExec may lay its own pipe over
+	// the program's descriptor in the child.
+	path := fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), program.Fd())
+	pid, err := syscall.ForkExec(path, []string{"fastcontainer-init"}, &syscall.ProcAttr{
 		Env:   []string{},
 		Files: []uintptr{null.Fd(), null.Fd(), null.Fd(), theirs.Fd()},
 		Sys:   &syscall.SysProcAttr{Setsid: true},
