@@ -35,7 +35,7 @@ func (n *node) memory() (rss, heap float64, err error) {
 
 // server is where the daemon's management interface is.
 func (n *node) server() string {
-	return "unix://" + strings.TrimSuffix(n.log.Name(), "/log") + "/run/api.sock"
+	return "unix:///run/" + n.name + "/api.sock"
 }
 
 // apps: what ten thousand sleeping apps cost.
