@@ -18,6 +18,7 @@ import (
 
 	"github.com/fastcontainer/fastcontainer/bench/load"
 	"github.com/fastcontainer/fastcontainer/internal/appfile"
+	"github.com/fastcontainer/fastcontainer/internal/e2e/realapps"
 	"github.com/fastcontainer/fastcontainer/internal/events"
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
 	"github.com/fastcontainer/fastcontainer/internal/plot"
@@ -309,28 +310,9 @@ func list(c map[string]int, types ...string) string {
 	return strings.Join(out, "; ")
 }
 
-// debian is a root filesystem with Apache and PHP, made once.
-func debian(ctx context.Context) (string, error) {
-	const packages = "nginx-light,apache2,libapache2-mod-php,python3-flask,nodejs"
-	file, err := filepath.Abs(".cache/rootfs/" + packages + ".tar")
-	if err != nil {
-		return "", err
-	}
-	if _, err := os.Stat(file); err == nil {
-		return file, nil
-	}
-	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil { //nolint:gosec // a cache
-		return "", err
-	}
-	if out, err := exec.CommandContext(ctx, "mmdebstrap", "--variant=minbase", "--include="+packages, "bookworm", file+".tmp.tar").CombinedOutput(); err != nil { //nolint:gosec // ours
-		return "", fmt.Errorf("make a Debian root filesystem: %w\n%s", err, out)
-	}
-	return file, os.Rename(file+".tmp.tar", file)
-}
-
 // php deploys Apache with PHP, whose page costs some milliseconds.
 func (n *node) php(name string, change func(*fleet.Spec)) error {
-	tar, err := debian(n.b.ctx)
+	tar, err := realapps.Debian(n.b.ctx, ".cache/rootfs")
 	if err != nil {
 		return err
 	}

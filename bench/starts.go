@@ -220,7 +220,7 @@ func (b *bench) rate() error {
 	const apps = 240
 	for i := range apps {
 		if err := n.deploy(b.ctx, fmt.Sprintf("r%d", i), func(s *fleet.Spec) {
-			s.Idle = fleet.Duration(10 * time.Millisecond)
+			s.Idle, s.Start = fleet.Duration(10*time.Millisecond), fleet.StartCold
 			s.Resources.Memory.Rest = 64 << 20
 		}); err != nil {
 			return err

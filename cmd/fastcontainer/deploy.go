@@ -18,7 +18,7 @@ type appFlags struct {
 	image, runtime, cpu, memory string
 	hosts, env                  []string
 	port                        int
-	lifetime, idle              string
+	lifetime, idle, start       string
 }
 
 func (a *appFlags) add(cmd *cobra.Command) {
@@ -28,7 +28,8 @@ func (a *appFlags) add(cmd *cobra.Command) {
 	f.IntVar(&a.port, "port", 0, "port where the app listens (default: the image's only exposed port, else 8080)")
 	f.StringArrayVar(&a.env, "env", nil, "KEY=VALUE")
 	f.StringVar(&a.lifetime, "lifetime", "", "how long an instance lives, such as 20m")
-	f.StringVar(&a.idle, "idle", "", "end an instance this long after its last request, such as 5m")
+	f.StringVar(&a.idle, "idle", "", "freeze or end an instance this long after its last request, such as 5m")
+	f.StringVar(&a.start, "start", "", "auto, cold, standby or checkpoint")
 	a.limits(cmd)
 }
 
@@ -80,6 +81,9 @@ func (a *appFlags) spec(name string, command []string) (fleet.Spec, error) {
 		if _, err := fmt.Sscan(a.cpu, &s.Resources.CPU.Rest); err != nil {
 			errs = append(errs, fmt.Errorf("--cpu %q: write cores, such as 0.5", a.cpu))
 		}
+	}
+	if a.start != "" {
+		s.Start = fleet.StartPolicy(a.start)
 	}
 	if a.runtime != "" {
 		s.Isolation.Runtime = fleet.Runtime(a.runtime)

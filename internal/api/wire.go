@@ -46,8 +46,9 @@ type App struct {
 	Revision  fleet.RevisionID `json:"revision"`
 	Image     string           `json:"image"`
 	Hosts     []string         `json:"hosts"`
-	State     string           `json:"state"` // asleep, starting, running, failing or stopped
+	State     string           `json:"state"` // asleep, standby, starting, running, failing or stopped
 	Instances int              `json:"instances"`
+	Standbys  int              `json:"standbys"`
 	Waiting   int              `json:"waiting"`
 	InFlight  int              `json:"in_flight"`
 	UpdatedAt time.Time        `json:"updated_at"`

@@ -41,6 +41,7 @@ type App struct {
 	stopped   bool
 	removed   bool
 	ready     []*member
+	standby   []*member  // frozen, or about to be
 	waiting   *list.List // of *hold; nil while nobody waits
 	// starting counts starts under way; those of successors are not for holds
 	// alone.
@@ -66,6 +67,7 @@ type member struct {
 	retiring  bool
 	replacing string        // why a successor is under way; "" if none is
 	birth     *birth        // nil if it was adopted
+	frost     *frost        // nil unless it is a standby
 	quiet     chan struct{} // closed when retiring and nothing is in flight
 	closing   chan struct{} // closed when long-lived streams must end
 
@@ -111,6 +113,16 @@ type birth struct {
 
 // birthWait is the longest that a ready event waits for the first answer.
 const birthWait = time.Second
+
+// expect has the event told now, or with the first answer if somebody waits
+// for the instance.
+func (b *birth) expect(somebody bool) {
+	if !somebody {
+		b.answered(0, 0)
+		return
+	}
+	time.AfterFunc(birthWait, func() { b.answered(0, 0) })
+}
 
 func (b *birth) answered(connect, firstByte time.Duration) {
 	b.once.Do(func() {
@@ -283,8 +295,11 @@ func (a *App) decide(now time.Time) homeostat.Plan {
 	load := a.load(now)
 	plan := homeostat.Decide(a.policy, load, &a.trend)
 	a.active = plan.Active
-	if plan.Start > 0 {
+	if plan.Thaw+plan.Start > 0 {
 		inputs := a.inputs(now)
+		for range plan.Thaw {
+			a.thaw(now, plan.Cause, inputs)
+		}
 		for range plan.Start {
 			a.start(now, plan.Cause, inputs, nil)
 		}
@@ -341,13 +356,18 @@ func (k *Control) bringUp(a *App, o Order, claim homeostat.Claim, priority int, 
 	}
 	if err == nil {
 		a.mu.Lock()
-		if a.births == nil {
-			a.births = &births{}
-		}
-		a.births.add(time.Since(began))
+		a.born(time.Since(began))
 		a.mu.Unlock()
 	}
 	return inst, err
+}
+
+// born notes how long a start took. The caller holds the lock.
+func (a *App) born(took time.Duration) {
+	if a.births == nil {
+		a.births = &births{}
+	}
+	a.births.add(took)
 }
 
 // settled is how long a start may wait for its turn before it is asked again
@@ -399,6 +419,9 @@ func (a *App) started(inst Instance, err error, o Order, claim homeostat.Claim, 
 		cause, retire.replacing = retire.replacing, ""
 	}
 	if err != nil {
+		if retire != nil && retire.frost != nil {
+			a.discard(retire, cause, nil) // its time is over all the same
+		}
 		a.notStarted(err)
 		return
 	}
@@ -408,14 +431,16 @@ func (a *App) started(inst Instance, err error, o Order, claim homeostat.Claim, 
 		Time: info.ReadyAt, Type: fleet.EventReady, App: a.name, Instance: info.ID, Revision: info.Revision, Node: info.Node,
 		Cause: o.Cause, Kind: info.Kind,
 	}}
-	if a.waiting == nil {
-		b.answered(0, 0)
-	} else {
-		time.AfterFunc(birthWait, func() { b.answered(0, 0) })
-	}
-	a.join(inst, b, claim)
-	if retire != nil && !retire.retiring {
+	b.expect(a.waiting != nil)
+	m := a.join(inst, b, claim)
+	switch {
+	case retire != nil && retire.frost != nil:
+		a.discard(retire, cause, nil)
+		a.spare(m, o.Cause)
+	case retire != nil && !retire.retiring:
 		a.retire(retire, cause)
+	case o.Cause == causeAhead:
+		a.spare(m, o.Cause)
 	}
 	a.decide(time.Now())
 	a.reweigh()
@@ -450,10 +475,14 @@ func (a *App) notStarted(err error) {
 		}
 		a.refuse(&fleet.Error{Op: "route to", Subject: string(a.name), Kind: kind, Err: err})
 	}
-	if !a.k.closed.Load() && (a.serving() > 0 || a.policy.Min > 0) {
+	if !a.k.closed.Load() && (a.serving() > 0 || a.keeps()) {
 		a.wake(homeostat.Backoff(a.failures))
 	}
 }
+
+// keeps tells whether the app has instances without being asked. The caller
+// holds the lock.
+func (a *App) keeps() bool { return a.policy.Min > 0 || a.policy.Standby == homeostat.StandbyAlways }
 
 // fullPause is how long an app that has its share of a full machine does not
 // ask for more.
@@ -471,10 +500,22 @@ func (a *App) serving() int {
 }
 
 // join puts a ready instance into the route. The caller holds the lock.
-func (a *App) join(inst Instance, b *birth, claim homeostat.Claim) {
-	info := inst.Info()
-	m := &member{app: a, inst: inst, info: info, birth: b, claim: claim, mostSince: time.Now(), unused: time.Now(), quiet: make(chan struct{}), closing: make(chan struct{})}
-	m.upstream = a.k.cfg.Attach(info.ID, info.Address)
+func (a *App) join(inst Instance, b *birth, claim homeostat.Claim) *member {
+	m := newMember(a, inst)
+	m.birth, m.claim = b, claim
+	a.enter(m, b)
+	return m
+}
+
+func newMember(a *App, inst Instance) *member {
+	now := time.Now()
+	return &member{app: a, inst: inst, info: inst.Info(), mostSince: now, unused: now, quiet: make(chan struct{}), closing: make(chan struct{})}
+}
+
+// enter puts a member into the route. The caller holds the lock.
+func (a *App) enter(m *member, b *birth) {
+	m.upstream = a.k.cfg.Attach(m.info.ID, m.info.Address)
+	m.unused = time.Now()
 	a.ready = append(a.ready, m)
 	if a.stopped || a.removed {
 		a.retire(m, "the app is stopped")
@@ -486,6 +527,14 @@ func (a *App) join(inst Instance, b *birth, claim homeostat.Claim) {
 func (a *App) adopt(inst Instance) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	info := inst.Info()
+	if took := info.ReadyAt.Sub(info.StartedAt); took > 0 {
+		a.born(took)
+	}
+	if info.State == fleet.StateStandby {
+		a.adoptStandby(inst)
+		return
+	}
 	claim := a.claim()
 	a.k.ledger.adopted(a, claim, a.policy.Priority)
 	a.used = time.Now() // the earlier daemon knew
@@ -538,6 +587,10 @@ func (a *App) judge() {
 			siblings--
 			place--
 			a.retire(m, fate.Cause)
+		case fate.Verdict == homeostat.Freeze:
+			siblings--
+			place--
+			a.freeze(m, fate.Cause)
 		case fate.Verdict == homeostat.Replace && m.replacing == "":
 			if rest := homeostat.Backoff(a.failures) - now.Sub(a.failedAt); a.failures > 0 && rest > 0 {
 				sooner(rest) // the old one goes on serving while its successor fails
@@ -549,10 +602,11 @@ func (a *App) judge() {
 			sooner(fate.Again)
 		}
 	}
+	a.judgeStandbys(now, sooner)
 	if again > 0 {
 		a.wake(again)
 	}
-	if len(a.ready) == 0 && a.starting == 0 && a.waiting == nil && again == 0 && a.failures == 0 && a.timer != nil {
+	if len(a.ready) == 0 && len(a.standby) == 0 && a.starting == 0 && a.waiting == nil && again == 0 && a.failures == 0 && a.timer != nil {
 		a.timer.Stop()
 		a.timer = nil
 	}
@@ -575,8 +629,29 @@ func (m *member) life(now time.Time, current fleet.RevisionID, siblings int) hom
 	}
 	if m.inflight == 0 {
 		l.Unused, l.Quiet = now.Sub(m.unused), now.Sub(m.app.used)
+		l.Prospect = m.app.prospect(now, l)
 	}
 	return l
+}
+
+// farthest is how far a standby without an end looks ahead.
+const farthest = time.Hour
+
+// prospect of a standby of the app. The caller holds the lock.
+func (a *App) prospect(now time.Time, l homeostat.Life) homeostat.Prospect {
+	if a.policy.Standby == homeostat.StandbyNever {
+		return homeostat.Prospect{}
+	}
+	rest, life := farthest, farthest
+	if l.Limit > 0 {
+		rest, life = min(l.Limit-l.Age, farthest), min(l.Limit, farthest)
+	}
+	p := homeostat.Prospect{Boot: a.births.usual()}
+	if a.record != nil {
+		quiet := max(now.Sub(a.used), 0)
+		p.Chance, p.Next = a.record.gaps.Chance(quiet, rest), a.record.gaps.Chance(quiet, life)
+	}
+	return p
 }
 
 // retire takes an instance out of the route and ends it once what is in flight
@@ -643,6 +718,7 @@ func (a *App) gone(id fleet.InstanceID) {
 	a.mu.Lock()
 	i := slices.IndexFunc(a.ready, func(m *member) bool { return m.info.ID == id })
 	if i < 0 || a.ready[i].retiring {
+		a.lost(id)
 		a.mu.Unlock()
 		return
 	}
@@ -668,7 +744,7 @@ func (a *App) gone(id fleet.InstanceID) {
 	if plan := a.decide(time.Now()); plan.Refuse {
 		a.refuse(&fleet.Error{Op: "route to", Subject: string(a.name), Kind: fleet.ErrFailing, Err: a.lastErr})
 	}
-	if a.policy.Min > 0 {
+	if a.keeps() {
 		a.wake(homeostat.Backoff(a.failures))
 	}
 	a.mu.Unlock()
@@ -687,6 +763,13 @@ func (a *App) set(rev fleet.Revision, stopped bool) {
 		CPU:    homeostat.Span[float64]{Rest: s.Resources.CPU.Rest, Peak: s.Resources.CPU.Peak},
 		Memory: homeostat.Span[int64]{Rest: int64(s.Resources.Memory.Rest), Peak: int64(s.Resources.Memory.Peak)},
 	}
+	switch {
+	case a.k.larder.budget <= 0:
+	case s.Start == fleet.StartStandby:
+		a.policy.Standby = homeostat.StandbyAlways
+	case s.Start == fleet.StartAuto:
+		a.policy.Standby = homeostat.StandbyAuto
+	}
 	a.active = max(a.active, 1)
 	if changed { // what failed before may work now
 		a.failures, a.young, a.lastErr = 0, 0, nil
@@ -698,10 +781,11 @@ func (a *App) set(rev fleet.Revision, stopped bool) {
 				a.retire(m, "the app is stopped")
 			}
 		}
+		a.discardAll("the app is stopped")
 		a.refuse(&fleet.Error{Op: "route to", Subject: string(a.name), Kind: fleet.ErrUnavailable, Err: errors.New("the app is stopped")})
 		return
 	}
-	if len(a.ready) > 0 || a.policy.Min > 0 {
+	if len(a.ready)+len(a.standby) > 0 || a.keeps() {
 		a.wake(0)
 	}
 }
@@ -715,6 +799,7 @@ func (a *App) remove() {
 			a.retire(m, causeRemoved)
 		}
 	}
+	a.discardAll(causeRemoved)
 	a.refuse(&fleet.Error{Op: "route to", Subject: string(a.name), Kind: fleet.ErrNotFound, Err: errors.New(causeRemoved)})
 	a.stopTimers()
 }
@@ -742,6 +827,7 @@ type Status struct {
 	Revision  fleet.RevisionID
 	Stopped   bool
 	Ready     int
+	Standby   int
 	Starting  int
 	Waiting   int
 	InFlight  int
@@ -760,7 +846,7 @@ func (a *App) Status() Status {
 	if a.waiting != nil {
 		s.Waiting = a.waiting.Len()
 	}
-	s.Ready = a.serving()
+	s.Ready, s.Standby = a.serving(), len(a.standby)
 	for _, m := range a.ready {
 		s.InFlight += m.inflight
 	}

@@ -40,7 +40,7 @@ func (k *Control) autophagy() {
 		parties := k.ledger.parties()
 		now := time.Now()
 		starving := false
-		if len(parties) > 0 && now.After(until) {
+		if (len(parties) > 0 || k.larder.any()) && now.After(until) {
 			v := k.feel()
 			h := homeostat.Feel(v, !since.IsZero())
 			h.Rooms = k.ledger.rooms()
@@ -76,6 +76,7 @@ func (k *Control) digest(now time.Time, parties []party, h homeostat.Hunger, v h
 	for i, p := range parties {
 		cells, members = p.app.cells(now, i, p, cells, members)
 	}
+	cells, members = k.larder.cells(now, cells, members)
 	bitten := map[*App]bool{}
 	for _, b := range homeostat.Digest(h, cells, bites) {
 		m, c := members[b.Cell], cells[b.Cell]
@@ -132,7 +133,17 @@ func (a *App) cells(now time.Time, number int, p party, cells []homeostat.Cell, 
 func (a *App) digest(now time.Time, m *member, c homeostat.Cell, b homeostat.Bite, inputs map[string]float64) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if m.retiring || b.Retire && c.InFlight == 0 && m.inflight > 0 || b.Retire && c.Siblings > 1 && a.serving() < 2 {
+	if c.Standby {
+		if m.frost == nil || m.frost.thawing {
+			return false
+		}
+		a.k.cfg.Events(fleet.Event{
+			Time: now, Type: fleet.EventDigest, App: a.name, Instance: m.info.ID, Revision: m.info.Revision, Node: m.info.Node, Cause: b.Cause, Inputs: inputs,
+		})
+		a.discard(m, b.Cause, nil)
+		return true
+	}
+	if m.retiring || m.frost != nil || b.Retire && c.InFlight == 0 && m.inflight > 0 || b.Retire && c.Siblings > 1 && a.serving() < 2 {
 		return false
 	}
 	a.k.cfg.Events(fleet.Event{

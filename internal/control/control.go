@@ -62,6 +62,11 @@ type Node interface {
 	Stop(ctx context.Context, i Instance, cause string) error
 	// Resize changes limits; a zero leaves a number as it is.
 	Resize(i Instance, l sandbox.Limits, cause string, inputs map[string]float64) error
+	// Freeze makes a ready instance a standby; when ctx ends it may be half
+	// frozen, and is thawed next.
+	Freeze(ctx context.Context, i Instance, cause string, inputs map[string]float64) error
+	// Thaw undoes it, and adds to the stages how long it took.
+	Thaw(i Instance, stages *fleet.Stages) error
 	// Vitals of the machine at present.
 	Vitals() homeostat.Vitals
 }
@@ -83,6 +88,9 @@ type Config struct {
 	// processor.
 	Capacity homeostat.Claim
 	Starts   int
+	// Standby is the memory that frozen instances may hold together; 0: none
+	// is kept.
+	Standby int64
 	// Registerer of metrics; may be nil.
 	Registerer prometheus.Registerer
 }
@@ -95,6 +103,7 @@ type Control struct {
 	holds   atomic.Int64 // requests that wait
 	holding atomic.Int64 // apps that have some
 	ledger  *ledger
+	larder  *larder
 	unread  sync.Once
 	vitals  atomic.Pointer[homeostat.Vitals] // as last felt
 	active  atomic.Int64                     // apps that are looked at, for they have traffic
@@ -114,7 +123,7 @@ func New(c Config) (*Control, error) {
 	if c.Starts <= 0 {
 		c.Starts = 16 * runtime.NumCPU()
 	}
-	k := &Control{cfg: c, apps: map[fleet.AppName]*App{}, ledger: newLedger(c.Capacity, c.Starts)}
+	k := &Control{cfg: c, apps: map[fleet.AppName]*App{}, ledger: newLedger(c.Capacity, c.Starts), larder: newLarder(c.Standby)}
 	k.ctx, k.cancel = context.WithCancelCause(context.Background())
 	var err error
 	if k.metrics, err = newMetrics(c.Registerer, &k.holds); err != nil {

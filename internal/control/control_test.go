@@ -28,8 +28,13 @@ type fakeNode struct {
 	starts  []string // causes
 	stops   []string
 	resizes []string // causes
-	vitals  homeostat.Vitals
-	running map[fleet.InstanceID]bool
+	freezes []string // causes
+	thaws   int
+	// freezing is how long a freeze takes; thawErr fails a thaw.
+	freezing time.Duration
+	thawErr  error
+	vitals   homeostat.Vitals
+	running  map[fleet.InstanceID]bool
 }
 
 type fakeInstance struct {
@@ -70,7 +75,12 @@ func (i *fakeInstance) OutOfMemory() bool {
 	return i.oom
 }
 
-func (i *fakeInstance) Info() fleet.Instance     { return i.info }
+func (i *fakeInstance) Info() fleet.Instance {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.info
+}
+
 func (i *fakeInstance) Revision() fleet.Revision { return i.rev }
 func (i *fakeInstance) Ready() time.Time         { return i.ready }
 
@@ -93,6 +103,29 @@ func (n *fakeNode) Resize(i Instance, l sandbox.Limits, cause string, _ map[stri
 	return nil
 }
 
+func (n *fakeNode) Freeze(ctx context.Context, i Instance, cause string, _ map[string]float64) error {
+	n.mu.Lock()
+	n.freezes = append(n.freezes, cause)
+	took := n.freezing
+	n.mu.Unlock()
+	select {
+	case <-time.After(took):
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+func (n *fakeNode) Thaw(i Instance, _ *fleet.Stages) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.thaws++
+	if !n.running[i.Info().ID] {
+		return fmt.Errorf("%s does not run", i.Info().ID)
+	}
+	return n.thawErr
+}
+
 func (n *fakeNode) Start(ctx context.Context, o Order) (Instance, error) {
 	rev, cause := o.Revision, o.Cause
 	n.mu.Lock()
@@ -109,7 +142,7 @@ func (n *fakeNode) Start(ctx context.Context, o Order) (Instance, error) {
 	}
 	now := time.Now()
 	limits := o.Limits.Over(sandbox.Limits{CPU: rev.Spec.Resources.CPU.Rest, Memory: rev.Spec.Resources.Memory.Rest})
-	i := &fakeInstance{node: n, limits: limits, rev: rev, ready: now, info: fleet.Instance{ID: fleet.NewInstanceID(rev.App), App: rev.App, Revision: rev.ID, State: fleet.StateReady, ReadyAt: now}}
+	i := &fakeInstance{node: n, limits: limits, rev: rev, ready: now, info: fleet.Instance{ID: fleet.NewInstanceID(rev.App), App: rev.App, Revision: rev.ID, State: fleet.StateReady, StartedAt: now.Add(-took), ReadyAt: now}}
 	if l := rev.Spec.Lifetime.Std(); l > 0 {
 		i.info.ExpiresAt = now.Add(l)
 	}

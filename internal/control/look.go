@@ -322,7 +322,7 @@ func (a *App) pressed(id fleet.InstanceID) {
 // load is the app's present as the homeostat wants it. The caller holds the lock.
 func (a *App) load(now time.Time) homeostat.Load {
 	l := homeostat.Load{
-		Starting: a.starting, Failures: a.failures, InFlight: 0, Limit: a.limit,
+		Starting: a.starting, Standby: a.thawable(), Failures: a.failures, InFlight: 0, Limit: a.limit,
 		Start: a.births.usual(), Spare: -1, Full: now.Before(a.fullUntil), Lean: now.Before(a.leanUntil),
 	}
 	for _, m := range a.ready {

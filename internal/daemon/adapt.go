@@ -62,6 +62,22 @@ func (m machine) Resize(i control.Instance, l sandbox.Limits, cause string, inpu
 	return m.n.Resize(inst, l, cause, inputs)
 }
 
+func (m machine) Freeze(ctx context.Context, i control.Instance, cause string, inputs map[string]float64) error {
+	inst, ok := i.(*node.Instance)
+	if !ok {
+		return fmt.Errorf("freeze: %T is no instance of this node", i)
+	}
+	return m.n.Freeze(ctx, inst, cause, inputs)
+}
+
+func (m machine) Thaw(i control.Instance, stages *fleet.Stages) error {
+	inst, ok := i.(*node.Instance)
+	if !ok {
+		return fmt.Errorf("thaw: %T is no instance of this node", i)
+	}
+	return m.n.Thaw(inst, stages)
+}
+
 func (m machine) Vitals() homeostat.Vitals { return m.n.Vitals() }
 
 func (m machine) Stop(ctx context.Context, i control.Instance, cause string) error {

@@ -54,7 +54,7 @@ func (b backend) Apps(context.Context) ([]api.App, error) {
 func summary(r route, s control.Status) api.App {
 	out := api.App{
 		Name: r.app.Name, Revision: s.Revision, Image: r.image, Hosts: r.hosts, State: "asleep",
-		Instances: s.Ready, Waiting: s.Waiting, InFlight: s.InFlight, UpdatedAt: r.app.UpdatedAt, LastError: s.LastError,
+		Instances: s.Ready, Standbys: s.Standby, Waiting: s.Waiting, InFlight: s.InFlight, UpdatedAt: r.app.UpdatedAt, LastError: s.LastError,
 	}
 	switch {
 	case s.Stopped:
@@ -63,6 +63,8 @@ func summary(r route, s control.Status) api.App {
 		out.State = "running"
 	case s.Starting > 0:
 		out.State = "starting"
+	case s.Standby > 0:
+		out.State = "standby"
 	case s.Failures > 0:
 		out.State = "failing"
 	}

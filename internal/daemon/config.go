@@ -66,6 +66,8 @@ type CapacityConfig struct {
 	CPUOvercommit float64 `yaml:"cpu_overcommit"`
 	// MemoryOvercommit is how many times memory may be reserved. Default 16.
 	MemoryOvercommit float64 `yaml:"memory_overcommit"`
+	// Standby is the share of memory that frozen instances may hold together: beyond it those end that are worth least for theirs; 0 for none. Default 0.25.
+	Standby float64 `yaml:"standby"`
 	// Starts is the most starts under way at once; 0 for 16 for each processor. Default 0.
 	Starts int `yaml:"starts"`
 }
@@ -199,7 +201,7 @@ func Default() Config {
 		Sandbox:  SandboxConfig{Cgroup: "/fastcontainer", UIDBase: 536870912, UIDCount: 16384, Pool: 4},
 		Images:   ImagesConfig{Refresh: fleet.Duration(5 * time.Minute), MaxSize: 20 << 30},
 		Holds:    HoldsConfig{PerApp: 1000, Total: 10000, Timeout: fleet.Duration(30 * time.Second)},
-		Capacity: CapacityConfig{CPUOvercommit: 256, MemoryOvercommit: 16},
+		Capacity: CapacityConfig{CPUOvercommit: 256, MemoryOvercommit: 16, Standby: 0.25},
 	}
 }
 
@@ -314,6 +316,9 @@ func (c *Config) Validate() error {
 	}
 	if k := c.Capacity; k.CPUOvercommit < 1 || k.MemoryOvercommit < 1 {
 		bad("capacity", "an overcommit below 1 would leave a part unused: at least 1")
+	}
+	if s := c.Capacity.Standby; s < 0 || s > 1 {
+		bad("capacity.standby", "%g is not between 0 and 1", s)
 	}
 	if c.Capacity.Starts < 0 {
 		bad("capacity.starts", "%d is negative", c.Capacity.Starts)

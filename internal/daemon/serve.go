@@ -13,7 +13,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"runtime"
 	"runtime/debug"
 	"slices"
 	"sync"
@@ -39,6 +38,7 @@ import (
 	"github.com/fastcontainer/fastcontainer/internal/release"
 	"github.com/fastcontainer/fastcontainer/internal/sandbox"
 	"github.com/fastcontainer/fastcontainer/internal/sandbox/oci"
+	"github.com/fastcontainer/fastcontainer/internal/slow"
 	"github.com/fastcontainer/fastcontainer/internal/store"
 )
 
@@ -146,10 +146,10 @@ func (d *Daemon) prepare() error {
 	// To make and to remove containers is to call the kernel, which makes the
 	// caller wait for 10 ms and more: for other processors (RCU), for the locks
 	// of the network and of mounts. The runtime counts such a thread as one that
-	// runs, and until its monitor looks, requests wait with it. With spare ones
-	// they do not; who sets GOMAXPROCS knows better.
+	// runs, and until its monitor looks, requests wait with it. With spare ones,
+	// while there are such calls, they do not; who sets GOMAXPROCS knows better.
 	if os.Getenv("GOMAXPROCS") == "" {
-		runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + spareThreads)
+		slow.Spare(spareThreads)
 	}
 	return nil
 }
@@ -237,7 +237,8 @@ func (d *Daemon) open(ctx context.Context) error {
 	d.control, err = control.New(control.Config{
 		Node: machine{d.node}, Logger: d.log, Events: d.events.Append, Attach: dispatch.NewAttach(door),
 		HoldsPerApp: c.Holds.PerApp, HoldsTotal: c.Holds.Total, HoldTimeout: c.Holds.Timeout.Std(), Registerer: d.metrics,
-		Starts: c.Capacity.Starts, Capacity: homeostat.Claim{
+		Standby: int64(float64(c.Capacity.bytes()) * c.Capacity.Standby),
+		Starts:  c.Capacity.Starts, Capacity: homeostat.Claim{
 			CPU: c.Capacity.cores() * c.Capacity.CPUOvercommit, Memory: int64(float64(c.Capacity.bytes()) * c.Capacity.MemoryOvercommit),
 		},
 	})

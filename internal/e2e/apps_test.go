@@ -2,14 +2,13 @@ package e2e
 
 import (
 	"fmt"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
+	"github.com/fastcontainer/fastcontainer/internal/appfile"
+	"github.com/fastcontainer/fastcontainer/internal/e2e/realapps"
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
 	"github.com/fastcontainer/fastcontainer/internal/image/imagetest"
 )
@@ -68,82 +67,40 @@ func TestApp_StaticGo(t *testing.T) {
 	}
 }
 
-// debian is the root filesystem of a Debian with everything that the apps
-// below need, made once for all of them and kept under .cache.
-func debian(t *testing.T) string {
-	t.Helper()
-	packages := "nginx-light,apache2,libapache2-mod-php,python3-flask,nodejs"
-	dir, err := filepath.Abs("../../.cache/rootfs")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	file := filepath.Join(dir, packages+".tar")
-	if _, err := os.Stat(file); err == nil {
-		return "tar:" + file
-	}
-	cmd := exec.Command("mmdebstrap", "--variant=minbase", "--include="+packages, "bookworm", file+".tmp.tar")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("make a Debian root filesystem: %v\n%s", err, out)
-	}
-	if err := os.Rename(file+".tmp.tar", file); err != nil {
-		t.Fatal(err)
-	}
-	return "tar:" + file
-}
-
 // Real apps as they are, from Debian's packages and from npm, with their own
 // files in volumes: woken by a request, answering, entered, retired and woken
 // again.
 func TestApps_FromDebian(t *testing.T) {
 	d := newDaemon(t, "")
-	img := debian(t)
+	tar, err := realapps.Debian(t.Context(), "../../.cache/rootfs")
+	if err != nil {
+		t.Fatal(err)
+	}
 	site := t.TempDir()
-	for name, text := range map[string]string{
-		"php/index.php":    `<?php echo "hello php ", 6 * 7, " on ", php_sapi_name();`,
-		"ports.conf":       "Listen 8080\n",
-		"apache.conf":      "ServerName localhost\n<VirtualHost *:8080>\nDocumentRoot /var/www/html\nErrorLog /dev/stderr\nCustomLog /dev/stdout combined\n</VirtualHost>\n",
-		"nginx.conf":       "server { listen 8080; root /srv; access_log /dev/stdout; }\n",
-		"nginx/index.html": "hello nginx",
-		"flask/app.py":     "from flask import Flask\napp = Flask(__name__)\n@app.route('/')\ndef hello():\n    return 'hello flask'\n",
-		"node/server.js": `
-const app = require('express')()
-app.get('/', (req, res) => res.json({hello: 'express'}))
-app.listen(process.env.PORT, '0.0.0.0')
-process.on('SIGTERM', () => process.exit(0))
-`,
-	} {
-		write(t, filepath.Join(site, name), text)
+	apps, err := realapps.Make(t.Context(), site)
+	if err != nil {
+		t.Fatal(err)
 	}
-	if out, err := exec.Command("npm", "install", "--no-audit", "--no-fund", "--prefix", site+"/node", "express@4").CombinedOutput(); err != nil {
-		t.Fatalf("npm install: %v\n%s", err, out)
-	}
-	for _, a := range []struct {
-		name, want, command, volumes string
-	}{
-		{"nginx", "hello nginx", `[nginx, -g, "daemon off; error_log stderr;"]`, "{bind: nginx.conf, mount: /etc/nginx/sites-enabled/default, readonly: true}, {bind: nginx, mount: /srv, readonly: true}"},
-		{"php", "hello php 42 on apache2handler", `[sh, -c, "mkdir -p /run/apache2 /run/lock && . /etc/apache2/envvars && exec apache2 -DFOREGROUND"]`,
-			"{bind: ports.conf, mount: /etc/apache2/ports.conf}, {bind: apache.conf, mount: /etc/apache2/sites-enabled/000-default.conf}, {bind: php, mount: /var/www/html}"},
-		{"flask", "hello flask", `[sh, -c, "trap 'exit 0' TERM; flask --app /srv/app.py run --host 0.0.0.0 --port 8080 & wait"]`, "{bind: flask, mount: /srv, readonly: true}"},
-		{"express", `{"hello":"express"}`, `[node, /srv/server.js]`, "{bind: node, mount: /srv, readonly: true}"},
-	} {
-		t.Run(a.name, func(t *testing.T) {
-			file := filepath.Join(site, a.name+".yaml")
-			write(t, file, fmt.Sprintf("name: %s\nimage: %s\nport: 8080\ncommand: %s\nvolumes: [%s]\nresources: {memory: {rest: 512Mi}}\n", a.name, img, a.command, a.volumes))
-			d.must("deploy", "-f", file)
-			d.expect(a.name+".localhost", "/", a.want)
-			if out := d.must("exec", a.name, "--", "sh", "-c", "id -u; hostname"); out != "0\n"+a.name+"\n" {
+	for _, a := range apps {
+		t.Run(a.Name, func(t *testing.T) {
+			s := appfile.Default(a.Name)
+			s.Image, s.Port, s.Command, s.Volumes, s.Start = "tar:"+tar, 8080, a.Command, a.Volumes, fleet.StartCold
+			s.Resources.Memory.Rest = 512 << 20
+			appfile.Complete(&s)
+			if _, err := d.client.Deploy(t.Context(), s, nil); err != nil {
+				t.Fatal(err)
+			}
+			d.expect(a.Name+".localhost", "/", a.Want)
+			if out := d.must("exec", a.Name, "--", "sh", "-c", "id -u; hostname"); out != "0\n"+a.Name+"\n" {
 				t.Errorf("exec: %q", out)
 			}
-			d.must("stop", a.name)
-			d.must("start", a.name)
-			d.expect(a.name+".localhost", "/", a.want)
-			if n := len(d.events(fleet.AppName(a.name), fleet.EventStart)); n != 2 {
+			d.must("stop", a.Name)
+			d.must("start", a.Name)
+			d.expect(a.Name+".localhost", "/", a.Want)
+			if n := len(d.events(fleet.AppName(a.Name), fleet.EventStart)); n != 2 {
 				t.Errorf("%d starts", n)
 			}
-			for _, e := range d.events(fleet.AppName(a.name), fleet.EventStop) {
+			for _, e := range d.events(fleet.AppName(a.Name), fleet.EventStop) {
 				if e.Detail != "" {
 					t.Errorf("it did not stop by itself: %s", e.Detail)
 				}

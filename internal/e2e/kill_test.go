@@ -64,17 +64,22 @@ func TestKill_InTheMiddle(t *testing.T) {
 	})
 }
 
+// poke sends one request, whatever comes of it.
+func (d *daemon) poke(ctx context.Context, host string) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+d.http+"/", nil)
+	if err != nil {
+		return
+	}
+	req.Host = host
+	if resp, err := d.do(req); err == nil {
+		_ = resp.Body.Close()
+	}
+}
+
 // hammer sends requests, whatever comes of them.
 func hammer(ctx context.Context, d *daemon, host string) {
 	for ctx.Err() == nil {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+d.http+"/", nil)
-		if err != nil {
-			return
-		}
-		req.Host = host
-		if resp, err := d.do(req); err == nil {
-			_ = resp.Body.Close()
-		}
+		d.poke(ctx, host)
 		select {
 		case <-ctx.Done():
 		case <-time.After(20 * time.Millisecond):
@@ -144,7 +149,7 @@ func TestThousandLives_LeaveNothing(t *testing.T) {
 	img := busybox(t, map[string]string{"index.html": "x"})
 	const apps = 20
 	for n := range apps {
-		d.deploy(fmt.Sprintf("app-%d", n), img, append([]string{"--idle", "1ms"}, httpd...)...)
+		d.deploy(fmt.Sprintf("app-%d", n), img, append([]string{"--idle", "1ms", "--start", "cold"}, httpd...)...)
 	}
 	lives := func(most int) int {
 		var wg sync.WaitGroup

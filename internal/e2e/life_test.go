@@ -44,7 +44,7 @@ func TestFirstRequests_MakeOneStart(t *testing.T) {
 // Idleness ends an instance, the next request starts another.
 func TestIdle_RetiresAndTheNextRequestStarts(t *testing.T) {
 	d := newDaemon(t, "")
-	d.deploy("nap", busybox(t, map[string]string{"index.html": "z"}), append([]string{"--idle", "300ms"}, httpd...)...)
+	d.deploy("nap", busybox(t, map[string]string{"index.html": "z"}), append([]string{"--idle", "300ms", "--start", "cold"}, httpd...)...)
 	d.expect("nap.localhost", "/", "z")
 	first := d.await("nap", fleet.EventStop, nil)
 	if n := len(d.instances("nap")); n != 0 {

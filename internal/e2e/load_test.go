@@ -117,7 +117,7 @@ func (d *daemon) storm(host, path string, n int) (stop func() map[int]int) {
 // each with one, and what is surplus dies.
 func TestLoad_ScalesOutAndBack(t *testing.T) {
 	d := newDaemon(t, "")
-	d.deployFile("single", laborer(t), "concurrency: 1\nscale: {max: 3}\nidle: 5s\n")
+	d.deployFile("single", laborer(t), "concurrency: 1\nscale: {max: 3}\nidle: 5s\nstart: cold\n")
 	d.expect("single.localhost", "/", "most 1")
 	stop := d.storm("single.localhost", "/sleep?n=200", 6)
 	d.until("three instances", func() bool { return len(d.instances("single")) == 3 })
@@ -185,7 +185,7 @@ func TestMemory_BeyondThePeak(t *testing.T) {
 func TestAdmission_AFloodLeavesTheRest(t *testing.T) {
 	d := newDaemon(t, "capacity: {memory: 320Mi, memory_overcommit: 1}\nholds: {per_app: 20, timeout: 5s}")
 	img := laborer(t)
-	const small = "concurrency: 1\nscale: {max: 50}\nresources: {memory: {rest: 64Mi, peak: 64Mi}}\nidle: 200ms\n"
+	const small = "concurrency: 1\nscale: {max: 50}\nresources: {memory: {rest: 64Mi, peak: 64Mi}}\nidle: 200ms\nstart: cold\n"
 	d.deployFile("flood", img, small)
 	d.deployFile("calm", img, small)
 	stop := d.storm("flood.localhost", "/sleep?n=100", 40)
@@ -242,7 +242,7 @@ func TestAutophagy_WhatServesLives(t *testing.T) {
 // limit between rest and peak, and calm ends what is surplus.
 func TestKill_InTheMiddleOfAPlan(t *testing.T) {
 	d := newDaemon(t, "")
-	d.deployFile("plan", laborer(t), "concurrency: 2\nscale: {max: 4}\nidle: 2s\nresources: {cpu: {rest: 0.2, peak: 0.5}}\n")
+	d.deployFile("plan", laborer(t), "concurrency: 2\nscale: {max: 4}\nidle: 2s\nstart: cold\nresources: {cpu: {rest: 0.2, peak: 0.5}}\n")
 	d.expect("plan.localhost", "/", "most 1")
 	for round := range 5 {
 		ctx, cancel := context.WithCancel(t.Context())

@@ -38,7 +38,7 @@ type Event struct {
 	Cause string `json:"cause"`
 	// Detail says what a person needs to act: an error with its hint.
 	Detail string `json:"detail,omitempty"`
-	// Kind and Stages belong to ready.
+	// Kind and Stages belong to ready and thaw.
 	Kind   StartKind `json:"kind,omitempty"`
 	Stages *Stages   `json:"stages,omitempty"`
 	// Log holds the last lines that a failed instance wrote.
@@ -54,7 +54,8 @@ type Stages struct {
 	Hold int64 `json:"hold_us"`
 	// Place: decided until a node had been found and admitted it.
 	Place int64 `json:"place_us"`
-	// Claim: until a prepared sandbox was taken, or made if none was there.
+	// Claim: until a prepared sandbox was taken, or made if none was there; or
+	// until a frozen instance was thawed.
 	Claim int64 `json:"claim_us"`
 	// Rootfs: until its root filesystem was ready to be mounted.
 	Rootfs int64 `json:"rootfs_us"`

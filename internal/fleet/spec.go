@@ -38,8 +38,8 @@ type Spec struct {
 	// tenth less, by chance, so that they do not die together. "0": for ever.
 	// Default 20m.
 	Lifetime Duration `yaml:"lifetime" json:"lifetime"`
-	// Idle: retire an instance this long after the end of its last response.
-	// "0": only its lifetime ends it. Default 5m.
+	// Idle: freeze or retire an instance this long after the end of its last
+	// response, see start. "0": only its lifetime ends it. Default 5m.
 	Idle Duration `yaml:"idle" json:"idle"`
 	// Drain: how long a retiring instance may finish what is in flight, and
 	// again how long it may take to obey its stop signal. Default 30s.
@@ -53,8 +53,10 @@ type Spec struct {
 	// Priority decides who is digested first under starvation: low first.
 	// 0 to 100, default 50.
 	Priority int `yaml:"priority" json:"priority"`
-	// Start prefers a kind of start: auto, cold, standby or checkpoint.
-	// Default auto.
+	// Start prefers a kind of start. auto: an idle instance is frozen instead of
+	// retired where a thaw saves time and somebody may come; standby: one is
+	// always kept frozen, within the node's capacity.standby; cold: none is;
+	// checkpoint: as cold, for now. Default auto.
 	Start StartPolicy `yaml:"start" json:"start"`
 	// Volumes are directories that outlive instances.
 	Volumes []Volume `yaml:"volumes,omitempty" json:"volumes,omitempty"`

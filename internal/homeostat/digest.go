@@ -29,6 +29,9 @@ type Cell struct {
 	// Digested: its app was the last that gave something. Hot: its processor
 	// limit is in the way.
 	Digested, Hot bool
+	// Standby: it is frozen, and worth so much, see Standby.Worth.
+	Standby bool
+	Worth   float64
 	// Memory used and the limit, CPU limit, each with what it has at rest.
 	Memory, MemoryLimit, MemoryRest int64
 	CPU, CPURest                    float64
@@ -57,6 +60,7 @@ type Bite struct {
 
 // Causes of digestion.
 const (
+	CauseStandby  = "digested: standby"
 	CauseAbnormal = "digested: outdated, growing or failing"
 	CauseDigested = "digested: surplus"
 	CauseIdlest   = "digested: idle"
@@ -70,7 +74,8 @@ const still = time.Second
 
 // Classes of harm.
 const (
-	harmAbnormal = iota
+	harmStandby = iota
+	harmAbnormal
 	harmSurplus
 	harmIdle
 	harmPeak
@@ -85,6 +90,11 @@ func (c *Cell) harm(h Hunger, hottest int) (int, string) {
 	idle := c.InFlight == 0 && c.Unused >= still && (h.Memory > 0 || h.Rooms > 0)
 	spared := c.Siblings <= c.Min
 	switch {
+	case c.Standby:
+		if h.Memory > 0 { // it holds nothing else
+			return harmStandby, CauseStandby
+		}
+		return harmTooMuch, ""
 	case idle && !spared && (c.Outdated || c.Growing || c.Failing):
 		return harmAbnormal, CauseAbnormal
 	case idle && !spared && c.Surplus && c.Siblings > 1:
@@ -132,6 +142,8 @@ func Digest(h Hunger, cells []Cell, most int) []Bite {
 			return cmp.Compare(x.class, y.class)
 		}
 		switch x.class {
+		case harmStandby:
+			return cmp.Or(cmp.Compare(a.Worth, b.Worth), cmp.Compare(a.Priority, b.Priority))
 		case harmAbnormal, harmSurplus:
 			return cmp.Or(cmp.Compare(end(a), end(b)), cmp.Compare(a.Priority, b.Priority))
 		case harmShare:
@@ -158,11 +170,14 @@ func Digest(h Hunger, cells []Cell, most int) []Bite {
 			bite.Memory = cell.Memory < cell.MemoryRest && cell.MemoryLimit > cell.MemoryRest
 		}
 		bites = append(bites, bite)
-		if bite.Retire {
+		switch {
+		case cell.Standby:
+			h.Memory -= cell.Memory
+		case bite.Retire:
 			h.Memory -= cell.Memory
 			h.CPU -= cell.CPU
 			h.Rooms--
-		} else {
+		default:
 			h.Memory -= cell.MemoryLimit - cell.MemoryRest
 			h.CPU -= cell.CPU - cell.CPURest
 		}

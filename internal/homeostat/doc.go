@@ -26,6 +26,8 @@ type Policy struct {
 	Memory Span[int64]
 	// Priority decides who is digested first: low.
 	Priority int
+	// Standby: what becomes of idle instances.
+	Standby StandbyPolicy
 }
 
 // Span is what an instance has when calm and the most that it may be given.
@@ -67,6 +69,8 @@ type Load struct {
 	// Ceiling is the cores that all of its instances together may be given
 	// while other apps have traffic too, see Ceiling; 0: no bound.
 	Ceiling float64
+	// Standby instances of the current revision are frozen, and could be thawed.
+	Standby int
 	// Streams are long-lived exchanges, which keep a slot each and are not
 	// among those InFlight.
 	Streams int
@@ -78,9 +82,9 @@ type Load struct {
 
 // Plan says what to do for an app now, and why.
 type Plan struct {
-	// Start so many instances because of Cause.
-	Start int
-	Cause string
+	// Thaw so many standbys, and start so many instances, because of Cause.
+	Thaw, Start int
+	Cause       string
 	// Limit is the cores that each instance should have because of LimitCause;
 	// 0: what it has.
 	Limit      float64
@@ -120,11 +124,18 @@ func Decide(p Policy, l Load, t *Trend) Plan {
 	plan.Limit, plan.LimitCause = t.limit(p, l)
 	plan.Look = t.look(p, l)
 	start := want - have
-	if start <= 0 || l.Full && have > 0 {
+	if start <= 0 {
+		return plan
+	}
+	if l.Standby > 0 { // which hold what they need already
+		plan.Thaw, plan.Cause = min(start, l.Standby), cause
+		start -= plan.Thaw
+	}
+	if start == 0 || l.Full && have+plan.Thaw > 0 {
 		return plan
 	}
 	if rest := Backoff(l.Failures) - l.SinceFailure; l.Failures > 0 && rest > 0 {
-		plan.Refuse, plan.RetryIn = have == 0, rest
+		plan.Refuse, plan.RetryIn = have+plan.Thaw == 0, rest
 		return plan
 	}
 	if l.Failures > 0 {

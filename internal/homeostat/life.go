@@ -18,6 +18,8 @@ type Life struct {
 	Siblings int
 	// Surplus: its siblings suffice, see Plan.Active.
 	Surplus bool
+	// Prospect of it as a standby.
+	Prospect Prospect
 }
 
 // Verdict on one instance.
@@ -31,6 +33,8 @@ const (
 	Retire
 	// Replace it: start a successor, and retire it when that is ready.
 	Replace
+	// Freeze it: it becomes a standby.
+	Freeze
 )
 
 // Fate is a verdict with its cause.
@@ -81,8 +85,13 @@ func Judge(p Policy, l Life) Fate {
 	case l.Limit > 0 && l.Age >= l.Limit:
 		return Fate{Verdict: Retire, Cause: CauseLifetime}
 	case idle > 0 && l.InFlight == 0 && l.Unused >= idle && !needed:
-		if surplus {
+		switch {
+		case surplus && p.freezesSurplus(l):
+			return Fate{Verdict: Freeze, Cause: CauseSurplus}
+		case surplus:
 			return Fate{Verdict: Retire, Cause: CauseSurplus}
+		case p.freezes(l):
+			return Fate{Verdict: Freeze, Cause: CauseIdle}
 		}
 		return Fate{Verdict: Retire, Cause: CauseIdle}
 	}

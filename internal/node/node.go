@@ -100,7 +100,8 @@ type Instance struct {
 	end     sync.Once
 	log     string
 
-	sizing  sync.Mutex // one Resize at a time
+	sizing  sync.Mutex // one Resize, Freeze or Thaw at a time
+	frozen  bool       // when it was stopped
 	mu      sync.Mutex
 	info    fleet.Instance
 	limits  sandbox.Limits
@@ -328,6 +329,9 @@ func (n *Node) report(i *Instance, cause string, err error) {
 // SIGKILL; nothing is left of it when Stop returns. The caller has taken it out
 // of the route before and waited for what was in flight.
 func (n *Node) Stop(ctx context.Context, i *Instance, cause string) error {
+	i.sizing.Lock() // it may be about to be frozen
+	i.frozen = i.Info().State == fleet.StateStandby
+	i.sizing.Unlock()
 	if err := i.move(fleet.StateRetiring); err != nil {
 		<-i.stopped // somebody else is at it, or it failed
 		return nil
@@ -339,7 +343,7 @@ func (n *Node) Stop(ctx context.Context, i *Instance, cause string) error {
 	detail := ""
 	if deaf(i.box.PID(), sig) {
 		detail = fmt.Sprintf("its first process has no handler for %v, so the kernel would not deliver it: killed", sig)
-	} else if err := i.box.Signal(sig); err == nil {
+	} else if err := i.signal(sig); err == nil {
 		grace := time.NewTimer(i.rev.Spec.Drain.Std())
 		defer grace.Stop()
 		select {
@@ -353,6 +357,16 @@ func (n *Node) Stop(ctx context.Context, i *Instance, cause string) error {
 	err := n.remove(ctx, i)
 	n.event(i, fleet.EventStop, cause, detail)
 	return err
+}
+
+// signal reaches also a frozen instance, which goes on for it.
+func (i *Instance) signal(sig os.Signal) error {
+	if f, ok := i.box.(sandbox.Freezer); ok && i.frozen {
+		if err := f.Thaw(); err != nil {
+			return err
+		}
+	}
+	return i.box.Signal(sig)
 }
 
 // remove leaves nothing of an instance. Only its first caller does anything.
@@ -474,6 +488,9 @@ func (n *Node) Run(ctx context.Context, rev fleet.Revision, streams sandbox.Stdi
 
 // Exec runs a program inside an instance.
 func (i *Instance) Exec(ctx context.Context, p sandbox.Process) (int, error) {
+	if i.Info().State == fleet.StateStandby {
+		return 0, &fleet.Error{Op: "exec", Subject: string(i.info.ID), Kind: fleet.ErrConflict, Err: errors.New("it is frozen"), Hint: "a request to the app thaws it"}
+	}
 	return i.box.Exec(ctx, p)
 }
 
@@ -700,11 +717,19 @@ func (n *Node) adopt(ctx context.Context, path string) (*Instance, error) {
 	}
 	now, boot := time.Now(), bootTime()
 	i.readyAt = now.Add(-time.Duration((boot - s.ReadyBoot) * float64(time.Second)))
+	i.info.StartedAt = i.readyAt.Add(-s.Instance.ReadyAt.Sub(s.Instance.StartedAt))
 	i.info.ReadyAt = i.readyAt
 	if s.ExpiresBoot > 0 {
 		i.info.ExpiresAt = now.Add(time.Duration((s.ExpiresBoot - boot) * float64(time.Second)))
 	}
+	standby, err := hold(ctx, box, s.Instance.State)
+	if err != nil {
+		return nil, err
+	}
 	i.info.State = fleet.StateReady
+	if standby {
+		i.info.State = fleet.StateStandby
+	}
 	n.mu.Lock()
 	n.instances[i.info.ID] = i
 	n.mu.Unlock()
@@ -716,4 +741,17 @@ func (n *Node) adopt(ctx context.Context, path string) (*Instance, error) {
 	n.arm(i)
 	n.watch(i)
 	return i, nil
+}
+
+// hold makes true what the state file says: the earlier daemon may have ended
+// in the middle of a freeze or a thaw.
+func hold(ctx context.Context, box sandbox.Sandbox, state fleet.State) (standby bool, err error) {
+	f, ok := box.(sandbox.Freezer)
+	if !ok {
+		return false, nil
+	}
+	if state == fleet.StateStandby {
+		return true, f.Freeze(ctx)
+	}
+	return false, f.Thaw()
 }

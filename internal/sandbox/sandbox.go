@@ -199,8 +199,13 @@ type Process struct {
 // Freezer is implemented by sandboxes that can be frozen: no CPU, no timers,
 // memory kept.
 type Freezer interface {
-	Freeze() error
+	// Freeze returns when every process stands still, or when ctx ends; then
+	// some may.
+	Freeze(ctx context.Context) error
 	Thaw() error
+	// Reclaim has the kernel move what it can of a frozen container's memory
+	// to swap, if the host has some.
+	Reclaim() error
 }
 
 // ErrGone is returned by Adopt for a container that has ended.

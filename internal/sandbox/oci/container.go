@@ -379,17 +379,31 @@ func (c *container) Alarm(at fleet.Bytes, f func()) (func(), error) {
 	return c.group.Alarm(int64(at), f)
 }
 
-func (c *container) Freeze() error { return c.freeze(true) }
-func (c *container) Thaw() error   { return c.freeze(false) }
+// freezing is the longest that a container may take to stand still.
+const freezing = 2 * time.Second
 
-func (c *container) freeze(on bool) error {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+// Freeze implements Freezer.
+func (c *container) Freeze(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, freezing)
 	defer cancel()
-	if err := c.group.Freeze(ctx, on); err != nil {
+	if err := c.group.Freeze(ctx, true); err != nil {
 		return fmt.Errorf("freeze %s: %w", c.spec.ID, err)
 	}
 	return nil
 }
+
+// Thaw implements Freezer.
+func (c *container) Thaw() error {
+	ctx, cancel := context.WithTimeout(context.Background(), freezing)
+	defer cancel()
+	if err := c.group.Freeze(ctx, false); err != nil {
+		return fmt.Errorf("thaw %s: %w", c.spec.ID, err)
+	}
+	return nil
+}
+
+// Reclaim implements Freezer.
+func (c *container) Reclaim() error { return c.group.Reclaim() }
 
 // Destroy implements sandbox.Sandbox.
 func (c *container) Destroy(ctx context.Context) error {

@@ -335,7 +335,7 @@ func (s *suite) freeze(t *testing.T) {
 	if !ok {
 		t.Fatal("it cannot be frozen")
 	}
-	must(t, f.Freeze())
+	must(t, f.Freeze(testContext(t)))
 	must(t, c.Signal(syscall.SIGTERM))
 	select {
 	case <-c.Done():
@@ -348,7 +348,7 @@ func (s *suite) freeze(t *testing.T) {
 	}
 	// A frozen one can be removed.
 	c = s.idle(t, s.runtime(t, nil), nil)
-	must(t, c.(sandbox.Freezer).Freeze()) //nolint:forcetypeassert // as above
+	must(t, c.(sandbox.Freezer).Freeze(testContext(t))) //nolint:forcetypeassert // as above
 	destroy(t, c)
 }
 
