@@ -560,7 +560,7 @@ func (a *App) wake(d time.Duration) {
 func (a *App) judge() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.k.closed.Load() {
+	if a.k.closed.Load() || !a.k.begun.Load() {
 		return
 	}
 	now := time.Now()

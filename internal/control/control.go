@@ -110,6 +110,7 @@ type Control struct {
 	ctx     context.Context                  //nolint:containedctx // the life of starts, which outlive the requests that caused them
 	cancel  context.CancelCauseFunc
 	work    sync.WaitGroup
+	begun   atomic.Bool
 	closed  atomic.Bool
 
 	mu   sync.Mutex
@@ -131,6 +132,19 @@ func New(c Config) (*Control, error) {
 	}
 	k.work.Go(k.autophagy)
 	return k, nil
+}
+
+// Begin ends the time of adoption: from now on instances are started that
+// nobody asks for, and those that there are come to their ends.
+func (k *Control) Begin() {
+	k.begun.Store(true)
+	for _, a := range k.Apps() {
+		a.mu.Lock()
+		if !a.removed && !a.stopped && (len(a.ready)+len(a.standby) > 0 || a.keeps()) {
+			a.wake(0)
+		}
+		a.mu.Unlock()
+	}
 }
 
 // Close refuses new requests, gives up starts under way and waits for stops

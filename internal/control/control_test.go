@@ -187,6 +187,7 @@ func newTestControl(t testing.TB, n Node, change func(*Config)) *Control {
 	if err != nil {
 		t.Fatal(err)
 	}
+	k.Begin()
 	return k
 }
 

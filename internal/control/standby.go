@@ -98,8 +98,9 @@ const (
 
 // frost is what a member has while it is a standby.
 type frost struct {
-	// freezing ends with cancel.
+	// cancel ends the freezing, done is closed when it has ended.
 	cancel  context.CancelFunc
+	done    chan struct{}
 	thawing bool
 }
 
@@ -110,7 +111,8 @@ func (a *App) freeze(m *member, cause string) {
 	a.ready = slices.DeleteFunc(a.ready, func(o *member) bool { return o == m })
 	ctx, cancel := context.WithCancel(a.k.ctx)
 	a.standby = append(a.standby, m)
-	m.frost = &frost{cancel: cancel}
+	f := &frost{cancel: cancel, done: make(chan struct{})}
+	m.frost = f
 	p := m.life(time.Now(), a.rev.ID, 0).Prospect
 	inputs := map[string]float64{"chance": p.Chance, "boot_ms": p.Boot.Seconds() * 1e3, "unused_s": time.Since(m.unused).Seconds()}
 	a.k.ledger.ended(a, m.claim, false)
@@ -118,16 +120,20 @@ func (a *App) freeze(m *member, cause string) {
 		defer cancel()
 		// Its connections would be found closed, or closing, after the thaw.
 		_ = m.upstream.Close()
-		err := a.k.cfg.Node.Freeze(ctx, m.inst, cause, inputs)
-		a.froze(m, err)
+		err := ctx.Err()
+		if err == nil {
+			err = a.k.cfg.Node.Freeze(ctx, m.inst, cause, inputs)
+		}
+		close(f.done)
+		a.froze(m, f, err)
 	})
 	a.reweigh()
 }
 
 // froze takes up the end of a freeze.
-func (a *App) froze(m *member, err error) {
+func (a *App) froze(m *member, f *frost, err error) {
 	a.mu.Lock()
-	if m.frost == nil || m.frost.thawing || a.k.closed.Load() {
+	if m.frost != f || f.thawing || a.k.closed.Load() {
 		a.mu.Unlock()
 		return
 	}
@@ -144,7 +150,7 @@ func (a *App) froze(m *member, err error) {
 		a.mu.Unlock()
 	}
 	a.mu.Lock()
-	if m.frost != nil && !m.frost.thawing {
+	if m.frost == f && !f.thawing {
 		a.k.larder.put(m, max(m.memory, 1))
 	}
 	a.mu.Unlock()
@@ -189,7 +195,9 @@ func (a *App) thaw(now time.Time, cause string, inputs map[string]float64) {
 		oldest := a.waiting.Front().Value.(*hold) //nolint:forcetypeassert // only holds are queued
 		stages.Hold = now.Sub(oldest.arrived).Microseconds()
 	}
+	frozen := m.frost.done
 	a.k.work.Go(func() {
+		<-frozen // or not, if it was in the middle of it
 		err := a.k.cfg.Node.Thaw(m.inst, stages)
 		a.thawed(m, err, stages, cause, inputs)
 	})
@@ -295,9 +303,11 @@ func (a *App) spare(m *member, cause string) {
 // holds the lock.
 func (a *App) adoptStandby(inst Instance) {
 	m := newMember(a, inst)
-	m.frost = &frost{cancel: func() {}}
+	f := &frost{cancel: func() {}, done: make(chan struct{})}
+	m.frost = f
 	a.standby = append(a.standby, m)
-	a.k.work.Go(func() { a.froze(m, nil) })
+	close(f.done)
+	a.k.work.Go(func() { a.froze(m, f, nil) })
 	a.wake(0)
 }
 

@@ -277,8 +277,11 @@ func TestStandby_ANextDaemonTakesThemOver(t *testing.T) {
 		first.Close()
 		inst.set(func(i *fakeInstance) { i.info.State = fleet.StateStandby })
 		next := newTestControl(t, n, func(c *Config) { c.Standby = 1 << 30 })
+		next.begun.Store(false)
 		a := deploy(next, standbySpec("shop", fleet.StartStandby), 1)
+		time.Sleep(time.Second) // to find them takes its time
 		next.Adopt(inst)
+		next.Begin()
 		time.Sleep(time.Second)
 		if s := a.Status(); s.Standby != 1 || s.Starting != 0 || s.Ready != 0 {
 			t.Errorf("adopted: %+v", s)

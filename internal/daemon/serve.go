@@ -380,6 +380,7 @@ func (d *Daemon) begin(ctx, background context.Context) error {
 	for _, i := range adopted {
 		d.control.Adopt(i)
 	}
+	d.control.Begin()
 	if len(adopted) > 0 {
 		d.log.Info("adopted the instances of an earlier daemon", "instances", len(adopted))
 	}

@@ -157,8 +157,8 @@ func TestThousandLives_LeaveNothing(t *testing.T) {
 		for n := range apps {
 			wg.Go(func() {
 				for range (most + apps - 1) / apps {
-					if code, _ := d.get(fmt.Sprintf("app-%d.localhost", n), "/"); code != http.StatusOK {
-						t.Errorf("got %d", code)
+					if code, body := d.get(fmt.Sprintf("app-%d.localhost", n), "/"); code != http.StatusOK {
+						t.Errorf("got %d %q\n%s", code, body, d.must("events", fmt.Sprintf("app-%d", n)))
 					}
 					// The next request shall find it gone.
 					d.until("asleep", func() bool { return len(d.instances(fleet.AppName(fmt.Sprintf("app-%d", n)))) == 0 })

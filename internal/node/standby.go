@@ -60,6 +60,9 @@ func (n *Node) Thaw(i *Instance, stages *fleet.Stages) error {
 		return fmt.Errorf("thaw %s: %w", i.info.ID, sandbox.ErrGone)
 	default:
 	}
+	if i.Info().State == fleet.StateReady {
+		return nil // it was not frozen yet
+	}
 	f, ok := i.box.(sandbox.Freezer)
 	if !ok {
 		return fmt.Errorf("thaw %s: its runtime cannot", i.info.ID)
