@@ -19,6 +19,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -340,23 +341,33 @@ func (n *Node) Stop(ctx context.Context, i *Instance, cause string) error {
 	if img, err := n.cfg.Images.Get(i.rev.Image); err == nil && i.rev.Spec.StopSignal == "" {
 		sig = stopSignal(img.Config.StopSignal)
 	}
-	detail := ""
-	if deaf(i.box.PID(), sig) {
-		detail = fmt.Sprintf("its first process has no handler for %v, so the kernel would not deliver it: killed", sig)
-	} else if err := i.signal(sig); err == nil {
-		grace := time.NewTimer(i.rev.Spec.Drain.Std())
-		defer grace.Stop()
-		select {
-		case <-i.box.Done():
-		case <-grace.C:
-			detail = fmt.Sprintf("did not obey %v within %s: killed", sig, i.rev.Spec.Drain)
-		case <-ctx.Done():
-			detail = "killed: " + context.Cause(ctx).Error()
-		}
-	}
+	detail := i.obey(ctx, sig)
 	err := n.remove(ctx, i)
 	n.event(i, fleet.EventStop, cause, detail)
 	return err
+}
+
+// obey asks the instance to end, and tells what was unusual about it.
+func (i *Instance) obey(ctx context.Context, sig syscall.Signal) (detail string) {
+	if deaf(i.box.PID(), sig) {
+		return fmt.Sprintf("its first process has no handler for %v, so the kernel would not deliver it: killed", sig)
+	}
+	// A signal that cannot be sent says that somebody else was quicker: the
+	// route can notice a death before the one who waits for the process does.
+	_ = i.signal(sig)
+	grace := time.NewTimer(i.rev.Spec.Drain.Std())
+	defer grace.Stop()
+	select {
+	case <-i.box.Done():
+		if x := i.box.Exit(); x.Signal == "SIGKILL" && sig != syscall.SIGKILL {
+			return exitError(x).Error()
+		}
+		return ""
+	case <-grace.C:
+		return fmt.Sprintf("did not obey %v within %s: killed", sig, i.rev.Spec.Drain)
+	case <-ctx.Done():
+		return "killed: " + context.Cause(ctx).Error()
+	}
 }
 
 // signal reaches also a frozen instance, which goes on for it.

@@ -135,6 +135,10 @@ func deaf(pid int, sig syscall.Signal) bool {
 	first, caught := false, true
 	for line := range strings.Lines(string(b)) {
 		switch key, value, _ := strings.Cut(line, ":"); key {
+		case "State":
+			if strings.HasPrefix(strings.TrimSpace(value), "Z") {
+				return false // dead, and not yet waited for: it has no handlers any more
+			}
 		case "NSpid":
 			ids := strings.Fields(value)
 			first = len(ids) > 1 && ids[len(ids)-1] == "1"

@@ -123,7 +123,7 @@ type Exit struct {
 	// Code is the exit code, or 128+signal. -1: not known (it ended while no
 	// daemon was its parent).
 	Code   int
-	Signal string // "killed", "terminated"... or ""
+	Signal string // "SIGKILL", "SIGTERM"... or ""
 	OOM    bool   // the kernel killed something in it for lack of memory
 	At     time.Time
 }

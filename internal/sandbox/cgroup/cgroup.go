@@ -517,14 +517,14 @@ func (g *Group) Freeze(ctx context.Context, on bool) error {
 // host without swap there is nothing to gain: only files would be dropped,
 // which other containers may share.
 func (g *Group) Reclaim() error {
-	swaps, _ := os.ReadFile("/proc/swaps") // what cannot be read has none
+	swaps, _ := os.ReadFile("/proc/swaps")    // what cannot be read has none
 	if bytes.Count(swaps, []byte("\n")) < 2 { // a headline and one each
 		return nil
 	}
 	if !g.root.v2 {
 		return write(g.file("memory", "memory.force_empty"), "0")
 	}
-	s, _ := g.Stats()                                                                // what cannot be read is 0
+	s, _ := g.Stats()                                                                 // what cannot be read is 0
 	err := write(g.file("memory", "memory.reclaim"), strconv.FormatInt(s.Memory, 10)) // since Linux 5.19
 	if errors.Is(err, unix.EAGAIN) || errors.Is(err, fs.ErrNotExist) {
 		return nil // less than that could be, or the kernel is older
