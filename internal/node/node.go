@@ -335,7 +335,7 @@ func (n *Node) Stop(ctx context.Context, i *Instance, cause string) error {
 	i.sizing.Unlock()
 	if err := i.move(fleet.StateRetiring); err != nil {
 		<-i.stopped // somebody else is at it, or it failed
-		return nil //nolint:nilerr // it is over either way
+		return nil  //nolint:nilerr // it is over either way
 	}
 	sig := stopSignal(i.rev.Spec.StopSignal)
 	if img, err := n.cfg.Images.Get(i.rev.Image); err == nil && i.rev.Spec.StopSignal == "" {
