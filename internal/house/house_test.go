@@ -26,7 +26,7 @@ var sameFloor = map[string]string{
 }
 
 // apart are packages of tests, which may use everything.
-var apart = []string{"internal/e2e", "internal/house", "internal/appfile/gen", "internal/daemon/gen"}
+var apart = []string{"internal/e2e", "internal/e2e/realapps", "internal/house", "internal/appfile/gen", "internal/daemon/gen"}
 
 const module = "github.com/fastcontainer/fastcontainer/"
 
