@@ -5,7 +5,7 @@ set -euo pipefail
 
 packages=(
 	busybox-static cpio crun curl docker-registry e2fsprogs gcc iproute2 libc6-dev mmdebstrap nftables # tests
-	qemu-system-x86 runc runsc xz-utils
+	patchelf qemu-system-x86 runc runsc xz-utils
 	caddy nginx-light wrk # benchmarks
 )
 missing=()
@@ -35,3 +35,4 @@ if [ ${#missing[@]} -gt 0 ]; then
 		exit 1
 	fi
 fi
+"$(dirname "$0")/criu.sh"

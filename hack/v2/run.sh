@@ -10,8 +10,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-limit=${V2_LIMIT:-12m} # of all of it, after which it has failed
-each=${V2_EACH:-6m}    # of one package, after which it shows where it hangs
+limit=${V2_LIMIT:-20m} # of all of it, after which it has failed
+each=${V2_EACH:-10m}   # of one package, after which it shows where it hangs
 memory=${V2_MEMORY:-2G}
 release=${V2_RELEASE:-} # a suite whose kernel to take, as in bookworm-backports; empty: apt's choice
 packages=(./internal/sandbox ./internal/sandbox/cgroup ./internal/sandbox/oci ./internal/node)

@@ -274,7 +274,9 @@ const loopback = 1 // the kernel gives this number to no other
 // furnish sets up the calling thread's network namespace. Its eth0 is there.
 func (n *Network) furnish(addr netip.Addr) error {
 	// Programs that are not root listen at port 80 and ping, as they are used to.
-	for _, s := range [][2]string{{"ipv4/ip_unprivileged_port_start", "0"}, {"ipv4/ping_group_range", "0 65535"}} {
+	// Those of Go would use multipath TCP, which cannot be saved and restored, and
+	// has one path only here.
+	for _, s := range [][2]string{{"ipv4/ip_unprivileged_port_start", "0"}, {"ipv4/ping_group_range", "0 65535"}, {"mptcp/enabled", "0"}} {
 		if err := sysctl(s[0], s[1]); err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.EINVAL) { // a user namespace may lack the group
 			return err
 		}

@@ -27,58 +27,73 @@ type container struct {
 	spec    Spec
 	timings Timings
 	started uint64 // start time of the first process, in clock ticks
+	trap    *trap  // stops it when it listens; nil: there is none
 
 	done    chan struct{}
 	exit    Exit
 	destroy sync.Mutex
 }
 
-// become turns the prepared sandbox into the container of its spec: limits,
-// root filesystem, identity and program.
-func (c *container) become(ctx context.Context, began time.Time) error {
+// outfit is what a sandbox gets before a program: its root filesystem, and the
+// tape that takes its first process there.
+type outfit struct {
+	rootfs root
+	who    Identity
+	tape   *tape
+	fds    []int // what goes along: the first becomes firstFD
+	mine   []int // to be closed here once it was sent
+	stdio  *stdio
+}
+
+// pass has a descriptor go along and gives its number there.
+func (o *outfit) pass(fd int) int {
+	o.fds = append(o.fds, fd)
+	return firstFD + len(o.fds) - 1
+}
+
+func (o *outfit) close() {
+	closeAll(o.mine)
+	if o.stdio != nil {
+		o.stdio.abort()
+	}
+}
+
+// fit sets the limits and makes the root filesystem of the container's spec.
+func (c *container) fit() (_ *outfit, err error) {
 	p, spec := c.p, &c.spec
 	if err := c.Resize(spec.Limits); err != nil {
-		return err
+		return nil, err
 	}
-	rootfs, err := c.n.mountRoot(spec, p)
-	if err != nil {
-		return err
+	o := &outfit{tape: &tape{}}
+	defer func() {
+		if err != nil {
+			o.close()
+		}
+	}()
+	if o.rootfs, err = c.n.mountRoot(spec, p); err != nil {
+		return nil, err
 	}
-	defer func() { _ = unix.Close(int(rootfs)) }()
-	who, err := rootfs.lookup(spec.User)
-	if err != nil {
-		return err
-	}
-	program, err := rootfs.executable(spec.Args[0], spec.Dir, spec.Env)
-	if err != nil {
-		return err
+	o.mine = append(o.mine, int(o.rootfs))
+	if o.who, err = o.rootfs.lookup(spec.User); err != nil {
+		return nil, err
 	}
 	owner := int(p.uids.base)
 	if spec.Dir != "" && spec.Dir != "/" {
-		fd, err := rootfs.place(spec.Dir, true, owner)
+		fd, err := o.rootfs.place(spec.Dir, true, owner)
 		if err != nil && !errors.Is(err, unix.EROFS) {
-			return err
+			return nil, err
 		}
 		_ = unix.Close(fd)
 	}
-	mounted := time.Now()
-	c.timings.Rootfs = mounted.Sub(began)
-
-	t, fds := &tape{}, []int{int(rootfs)}
-	mine := []int{} // to be closed here once sent
-	defer func() { closeAll(mine) }()
-	pass := func(fd int) int {
-		fds = append(fds, fd)
-		return firstFD + len(fds) - 1
-	}
-	t.call("attach root filesystem", unix.SYS_MOVE_MOUNT, num(firstFD), t.str(""), num(unix.AT_FDCWD), t.str("/root"), num(unix.MOVE_MOUNT_F_EMPTY_PATH))
+	t := o.tape
+	t.call("attach root filesystem", unix.SYS_MOVE_MOUNT, num(o.pass(int(o.rootfs))), t.str(""), num(unix.AT_FDCWD), t.str("/root"), num(unix.MOVE_MOUNT_F_EMPTY_PATH))
 	for _, m := range spec.Mounts {
-		source, target, err := c.volume(m, rootfs, owner)
-		mine = append(mine, source, target)
+		source, target, err := c.volume(m, o.rootfs, owner)
+		o.mine = append(o.mine, source, target)
 		if err != nil {
-			return err
+			return nil, err
 		}
-		t.call("mount "+m.Target, unix.SYS_MOVE_MOUNT, num(pass(source)), t.str(""), num(pass(target)), t.str(""),
+		t.call("mount "+m.Target, unix.SYS_MOVE_MOUNT, num(o.pass(source)), t.str(""), num(o.pass(target)), t.str(""),
 			num(unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH))
 	}
 	t.call("enter root filesystem", unix.SYS_CHDIR, t.str("/root"))
@@ -90,15 +105,32 @@ func (c *container) become(ctx context.Context, began time.Time) error {
 	t.call("enter /", unix.SYS_CHDIR, t.str("/"))
 	host := spec.Hostname
 	t.call("set host name", unix.SYS_SETHOSTNAME, t.str(host), num(len(host)))
+	if o.stdio, err = c.openStdio(o.who); err != nil {
+		return nil, err
+	}
+	o.mine = append(o.mine, o.stdio.theirs...)
+	return o, nil
+}
 
-	stdio, err := c.openStdio(who)
+// become turns the prepared sandbox into the container of its spec: limits,
+// root filesystem, identity and program.
+func (c *container) become(ctx context.Context, began time.Time) error {
+	p, spec := c.p, &c.spec
+	o, err := c.fit()
 	if err != nil {
 		return err
 	}
-	mine = append(mine, stdio.theirs...)
-	defer stdio.abort()
-	stdio.attach(t, pass)
-	if err := c.identity(t, who, p.bounding); err != nil {
+	defer o.close()
+	program, err := o.rootfs.executable(spec.Args[0], spec.Dir, spec.Env)
+	if err != nil {
+		return err
+	}
+	mounted := time.Now()
+	c.timings.Rootfs = mounted.Sub(began)
+
+	t := o.tape
+	o.stdio.attach(t, o.pass)
+	if err := c.identity(t, o.who, p.bounding); err != nil {
 		return err
 	}
 	dir := spec.Dir
@@ -111,16 +143,20 @@ func (c *container) become(ctx context.Context, began time.Time) error {
 	}
 	t.call("execute "+program, unix.SYS_EXECVE, t.str(program), t.strs(spec.Args), t.strs(spec.Env))
 
-	if err := execute(ctx, p.machine, t, stdio, fds); err != nil {
+	if err := execute(ctx, p.machine, t, o.stdio, o.fds); err != nil {
 		return c.explain(err)
 	}
-	c.n.letGo(p)
-	// It may have ended already; then nothing needs its start time any more.
-	c.started, _ = startTime(p.machine.pid)
 	c.timings.Exec = time.Since(mounted)
-	stdio.run()
-	p.whenEnded(func(s status) { stdio.after(func() { c.finish(s) }) })
+	c.lives(o.stdio)
 	return nil
+}
+
+// lives begins to watch over the container's first process.
+func (c *container) lives(s *stdio) {
+	// It may have ended already; then nothing needs its start time any more.
+	c.started, _ = startTime(c.p.machine.pid)
+	s.run()
+	c.p.whenEnded(func(st status) { s.after(func() { c.finish(st) }) })
 }
 
 // finish publishes the end of the container's first process.

@@ -60,11 +60,15 @@ type Config struct {
 	// of the last second are kept if that is more, up to PoolMax.
 	// Default 4 and 64. A negative Pool prepares none ahead.
 	Pool, PoolMax int
+	// CRIU is the program that saves and restores processes, as a name or a
+	// path; "": there are no checkpoints.
+	CRIU string
 }
 
 // Native is the runtime of this package's own: see the package comment.
 type Native struct {
 	log     *slog.Logger
+	saver   *saver
 	cgroups *cgroup.Root
 	uids    *uidRanges
 	network Network
@@ -149,6 +153,7 @@ func Open(ctx context.Context, c Config) (*Native, error) {
 		}
 	}
 	n.pool = newPool(n, c.Pool, c.PoolMax)
+	n.saver = newSaver(c.CRIU)
 	return n, nil
 }
 
@@ -226,6 +231,9 @@ func (n *Native) Close() error {
 	if n.pool != nil {
 		n.pool.close()
 	}
+	if n.saver != nil {
+		n.saver.close()
+	}
 	n.background.Wait()
 	n.closeMother()
 	if n.workshop != nil {
@@ -245,32 +253,37 @@ func (n *Native) Close() error {
 
 // Start implements Runtime.
 func (n *Native) Start(ctx context.Context, spec Spec) (Sandbox, error) {
+	c, claimed, err := n.claim(ctx, spec)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.become(ctx, claimed); err != nil {
+		return nil, errors.Join(err, n.discard(c.p))
+	}
+	n.letGo(c.p)
+	n.keep(c)
+	return c, nil
+}
+
+// claim takes a prepared sandbox for a container that does not run yet.
+func (n *Native) claim(ctx context.Context, spec Spec) (*container, time.Time, error) {
 	began := time.Now()
 	if err := validate(&spec); err != nil {
-		return nil, err
+		return nil, began, err
 	}
 	c := &container{n: n, spec: spec, done: make(chan struct{})}
 	caps, err := c.capabilities()
 	if err != nil {
-		return nil, err
+		return nil, began, err
 	}
-	var p *prepared
 	if spec.UserNS && caps&^n.usualCaps == 0 {
-		p, err = n.pool.take(ctx)
+		c.p, err = n.pool.take(ctx)
 	} else { // too rare to be prepared ahead
-		p, err = n.prepare(ctx, spec.UserNS, caps|n.usualCaps)
+		c.p, err = n.prepare(ctx, spec.UserNS, caps|n.usualCaps)
 	}
-	if err != nil {
-		return nil, err
-	}
-	c.p = p
 	claimed := time.Now()
 	c.timings.Claim = claimed.Sub(began)
-	if err := c.become(ctx, claimed); err != nil {
-		return nil, errors.Join(err, n.discard(p))
-	}
-	n.keep(c)
-	return c, nil
+	return c, claimed, err
 }
 
 // own enters a sandbox in the books.

@@ -234,17 +234,46 @@ func (n *Native) discard(p *prepared) error {
 // The files and directories that the OCI runtime specification's defaults
 // hide or protect: they tell about the host or change it.
 var (
-	maskedFiles = []string{
-		"/new/proc/kcore", "/new/proc/keys", "/new/proc/latency_stats", "/new/proc/timer_list",
-		"/new/proc/timer_stats", "/new/proc/sched_debug", "/new/proc/interrupts", "/new/proc/kpagecount",
-		"/new/proc/kpageflags", "/new/proc/kpagecgroup", "/new/proc/sysrq-trigger",
+	maskedProcFiles = []string{
+		"kcore", "keys", "latency_stats", "timer_list", "timer_stats", "sched_debug", "interrupts",
+		"kpagecount", "kpageflags", "kpagecgroup", "sysrq-trigger",
 	}
-	maskedDirs = []string{
-		"/new/proc/acpi", "/new/proc/asound", "/new/proc/scsi", "/new/sys/firmware",
-		"/new/sys/devices/virtual/powercap", "/new/sys/kernel/debug", "/new/sys/kernel/tracing", "/new/sys/fs/bpf",
-	}
-	readonlyDirs = []string{"/new/proc/bus", "/new/proc/fs", "/new/proc/irq", "/new/proc/sys"}
+	maskedProcDirs   = []string{"acpi", "asound", "scsi"}
+	readonlyProcDirs = []string{"bus", "fs", "irq", "sys"}
+	maskedSysDirs    = []string{"firmware", "devices/virtual/powercap", "kernel/debug", "kernel/tracing", "fs/bpf"}
 )
+
+// guarded is how filesystems of the kernel are mounted.
+const guarded = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
+
+// mount appends a mount(2).
+func (t *tape) mount(name, source, target, fstype string, flags uint64, options string, mayFail ...uint64) {
+	nr := uint64(unix.SYS_MOUNT)
+	for _, f := range mayFail {
+		nr |= f
+	}
+	t.call(name, nr, t.str(source), t.str(target), t.str(fstype), num(flags), t.str(options))
+}
+
+// guardProc protects what a /proc tells. empty is a directory to hide others
+// with; "": make one.
+func guardProc(t *tape, proc, empty string) {
+	for _, d := range readonlyProcDirs {
+		d = proc + "/" + d
+		t.mount("protect "+d, d, d, "", unix.MS_BIND|unix.MS_REC, "", opMayFail)
+		t.mount("protect "+d, "", d, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|guarded, "", opMayFail)
+	}
+	for _, f := range maskedProcFiles {
+		t.mount("mask "+f, "/dev/null", proc+"/"+f, "", unix.MS_BIND, "", opMayFail)
+	}
+	for _, d := range maskedProcDirs {
+		if empty == "" {
+			t.mount("mask "+d, "tmpfs", proc+"/"+d, "tmpfs", guarded|unix.MS_RDONLY, "size=0,mode=000", opMayFail)
+		} else {
+			t.mount("mask "+d, empty, proc+"/"+d, "", unix.MS_BIND, "", opMayFail)
+		}
+	}
+}
 
 // raiseLoopback adds what a Network would do otherwise.
 func raiseLoopback(t *tape) {
@@ -262,15 +291,6 @@ func raiseLoopback(t *tape) {
 // /new until the root filesystem is there.
 func (n *Native) furnishTape(caps uint64) *tape {
 	t := &tape{}
-	mount := func(name, source, target, fstype string, flags uint64, options string, mayFail ...uint64) {
-		nr := uint64(unix.SYS_MOUNT)
-		for _, f := range mayFail {
-			nr |= f
-		}
-		t.call(name, nr, t.str(source), t.str(target), t.str(fstype), num(flags), t.str(options))
-	}
-	const guarded = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
-
 	// Born as the host's root, which its ids do not contain: become its own.
 	t.call("drop groups", unix.SYS_SETGROUPS, num(0), num(0))
 	t.call("become root", unix.SYS_SETRESGID, num(0), num(0), num(0))
@@ -278,32 +298,26 @@ func (n *Native) furnishTape(caps uint64) *tape {
 	t.call("new session", unix.SYS_SETSID)
 	t.call("unshare cgroup namespace", unix.SYS_UNSHARE, num(unix.CLONE_NEWCGROUP))
 	// Nothing that is mounted here may reach another namespace, nor come from one.
-	mount("make mounts private", "", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
+	t.mount("make mounts private", "", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
 
 	if n.network == nil {
 		raiseLoopback(t)
 	}
-	mount("mount proc", "proc", "/new/proc", "proc", guarded, "")
-	mount("mount sysfs", "sysfs", "/new/sys", "sysfs", guarded|unix.MS_RDONLY, "")
+	t.mount("mount proc", "proc", "/new/proc", "proc", guarded, "")
+	t.mount("mount sysfs", "sysfs", "/new/sys", "sysfs", guarded|unix.MS_RDONLY, "")
 	if n.cgroups.V2() {
-		mount("mount cgroup", "cgroup", "/new/sys/fs/cgroup", "cgroup2", guarded|unix.MS_RDONLY, "", opMayFail)
+		t.mount("mount cgroup", "cgroup", "/new/sys/fs/cgroup", "cgroup2", guarded|unix.MS_RDONLY, "", opMayFail)
 	} else {
-		mount("mask cgroup", "/empty", "/new/sys/fs/cgroup", "", unix.MS_BIND, "", opMayFail)
+		t.mount("mask cgroup", "/empty", "/new/sys/fs/cgroup", "", unix.MS_BIND, "", opMayFail)
 	}
-	for _, d := range readonlyDirs {
-		mount("protect "+d, d, d, "", unix.MS_BIND|unix.MS_REC, "", opMayFail)
-		mount("protect "+d, "", d, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|guarded, "", opMayFail)
+	guardProc(t, "/new/proc", "/empty")
+	for _, d := range maskedSysDirs {
+		t.mount("mask "+d, "/empty", "/new/sys/"+d, "", unix.MS_BIND, "", opMayFail)
 	}
-	for _, f := range maskedFiles {
-		mount("mask "+f, "/dev/null", f, "", unix.MS_BIND, "", opMayFail)
-	}
-	for _, d := range maskedDirs {
-		mount("mask "+d, "/empty", d, "", unix.MS_BIND, "", opMayFail)
-	}
-	mount("mount dev", "/dev", "/new/dev", "", unix.MS_BIND, "")
-	mount("mount devpts", "devpts", "/new/dev/pts", "devpts", unix.MS_NOSUID|unix.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5")
-	mount("mount shm", "shm", "/new/dev/shm", "tmpfs", guarded, "mode=1777,size=64m")
-	mount("mount mqueue", "mqueue", "/new/dev/mqueue", "mqueue", guarded, "")
+	t.mount("mount dev", "/dev", "/new/dev", "", unix.MS_BIND, "")
+	t.mount("mount devpts", "devpts", "/new/dev/pts", "devpts", unix.MS_NOSUID|unix.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5")
+	t.mount("mount shm", "shm", "/new/dev/shm", "tmpfs", guarded, "mode=1777,size=64m")
+	t.mount("mount mqueue", "mqueue", "/new/dev/mqueue", "mqueue", guarded, "")
 	dropCaps(t, n.allCaps, caps)
 	t.done()
 	return t

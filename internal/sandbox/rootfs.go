@@ -3,6 +3,7 @@ package sandbox
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path"
 	"strconv"
@@ -88,6 +89,22 @@ func (w *writable) write(name string, content []byte) error {
 		return fmt.Errorf("write /%s: %w", name, err)
 	}
 	return unix.Fchown(fd, w.owner, w.owner)
+}
+
+// place copies a file of the host there, for a user of the container.
+func (w *writable) place(name, source string, uid, gid int, mode uint32) error {
+	in, err := os.Open(source) //nolint:gosec // ours
+	if err != nil {
+		return err
+	}
+	defer func() { _ = in.Close() }()
+	fd, err := unix.Openat(w.fd, "upper/"+name, unix.O_CREAT|unix.O_EXCL|unix.O_WRONLY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return fmt.Errorf("write /%s: %w", name, err)
+	}
+	out := os.NewFile(uintptr(fd), name)
+	_, err = io.Copy(out, in)
+	return errors.Join(err, unix.Fchown(fd, w.owner+uid, w.owner+gid), unix.Fchmod(fd, mode), out.Close())
 }
 
 func (w *writable) close() { _ = unix.Close(w.fd) }

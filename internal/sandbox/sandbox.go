@@ -208,5 +208,35 @@ type Freezer interface {
 	Reclaim() error
 }
 
+// Checkpointer is implemented by runtimes that can save the processes of a
+// container, and make containers from them.
+type Checkpointer interface {
+	// Checkpoint starts a container of the spec for nobody and saves its
+	// processes and what they wrote below dir, which exists and is empty, as they are about
+	// to listen on o.Port. Nothing else is left of it, and on error nothing in dir is of use.
+	Checkpoint(ctx context.Context, spec Spec, o Capture, dir string) error
+	// Restore makes a container from what Checkpoint saved of the same spec,
+	// but for its ID, Log and Limits. It returns when its processes run.
+	Restore(ctx context.Context, spec Spec, dir string) (Sandbox, error)
+	// CheckpointHost names what a checkpoint depends on beside its spec: the
+	// kernel, the processor, CRIU. An error (fleet.ErrUnavailable) says with a
+	// hint why this host makes none.
+	CheckpointHost() (string, error)
+}
+
+// Capture says when to save a container's processes.
+type Capture struct {
+	// Port that it listens on.
+	Port int
+	// Ready returns nil when it answers there; then its processes are saved even if
+	// no listen(2) was seen.
+	Ready func(ctx context.Context, address netip.Addr) error
+}
+
+// RestoredFile is where a restored program finds what is new about it, a JSON
+// object with the keys time, seed (32 random bytes in hex), instance and
+// address. It does not exist in other containers.
+const RestoredFile = "/etc/fastcontainer/restored"
+
 // ErrGone is returned by Adopt for a container that has ended.
 var ErrGone = errors.New("container is gone")

@@ -89,13 +89,18 @@ func compileSeccomp(p *specs.LinuxSeccomp) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("compile seccomp: %w", err)
 	}
+	return filterBytes(raw), nil
+}
+
+// filterBytes lays a BPF program out as struct sock_filter.
+func filterBytes(raw []bpf.RawInstruction) []byte {
 	out := make([]byte, 0, 8*len(raw))
 	for _, i := range raw {
-		out = binary.LittleEndian.AppendUint16(out, i.Op)
+		out = binary.NativeEndian.AppendUint16(out, i.Op)
 		out = append(out, i.Jt, i.Jf)
-		out = binary.LittleEndian.AppendUint32(out, i.K)
+		out = binary.NativeEndian.AppendUint32(out, i.K)
 	}
-	return out, nil
+	return out
 }
 
 type seccompRule struct {

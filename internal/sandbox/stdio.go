@@ -16,7 +16,7 @@ import (
 // a terminal.
 type stdio struct {
 	spec    *Stdio
-	theirs  []int // stdin (or -1 for /dev/null), stdout, stderr
+	theirs  []int // stdin, stdout, stderr; -1: /dev/null
 	ours    []*os.File
 	tty     *os.File
 	copies  sync.WaitGroup // of output
@@ -25,16 +25,20 @@ type stdio struct {
 	running bool
 }
 
+// logFlags open a container's log, whose directory is the daemon's alone.
+const logFlags = unix.O_WRONLY | unix.O_CREAT | unix.O_APPEND | unix.O_CLOEXEC
+
 // openStdio opens what the program's standard input and output will be.
 func (c *container) openStdio(who Identity) (*stdio, error) {
 	if c.spec.Stdio != nil {
 		return newStdio(c.spec.Stdio, c.p.uids, who)
 	}
 	s := &stdio{over: make(chan struct{})}
+	s.theirs = []int{-1, -1, -1}
 	if c.spec.Log == "" {
 		return s, nil
 	}
-	fd, err := unix.Open(c.spec.Log, unix.O_WRONLY|unix.O_CREAT|unix.O_APPEND|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	fd, err := unix.Open(c.spec.Log, logFlags, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("open log %s: %w", c.spec.Log, err)
 	}
@@ -45,8 +49,10 @@ func (c *container) openStdio(who Identity) (*stdio, error) {
 		return nil, fmt.Errorf("open log %s: %w", c.spec.Log, err)
 	}
 	s.theirs = []int{-1, fd, dup}
-	// Images reopen /dev/stdout by name, which needs the right to open the file.
-	if err := unix.Fchown(fd, int(c.p.uids.base)+who.UID, -1); err != nil {
+	// Images reopen /dev/stdout by name, which needs the right to open the file;
+	// and so does a restore, by the container's root, who may if all of its owners are
+	// the container's.
+	if err := unix.Fchown(fd, int(c.p.uids.base)+who.UID, int(c.p.uids.base)+who.GID); err != nil {
 		closeAll(s.theirs)
 		return nil, fmt.Errorf("give log to the container: %w", err)
 	}
@@ -114,7 +120,12 @@ func (s *stdio) attach(t *tape, pass func(int) int) {
 	for i, fd := range s.theirs {
 		if fd >= 0 {
 			t.call("set standard streams", unix.SYS_DUP3, num(pass(fd)), num(i), num(0))
+			continue
 		}
+		// The container's own, by a name that it has: what was open before is the host's.
+		null := t.call("open /dev/null", unix.SYS_OPENAT, num(unix.AT_FDCWD), t.str("/dev/null"), num(unix.O_RDWR|unix.O_CLOEXEC), num(0))
+		set := t.call("set standard streams", unix.SYS_DUP3, num(0), num(i), num(0))
+		t.feed(null, set)
 	}
 }
 

@@ -1,0 +1,153 @@
+package criu
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+
+	core "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/inventory"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/seccomp"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+)
+
+// The first words of an image file: that it is one, and which.
+const (
+	imageMagic     = 0x54564319
+	inventoryMagic = 0x58313116
+	idsMagic       = 0x54432030
+	seccompMagic   = 0x64413049
+	filesMagic     = 0x56303138
+)
+
+// Share makes an image forget which namespaces its processes had, except that
+// of their PIDs, as if CRIU had been in the others with them: on restore they
+// find themselves in those that CRIU is in, or is told to put their first process
+// into, and nothing is made anew.
+//
+// CRIU makes a namespace new if that of the image's first process (pid, as the
+// processes see it) is not the one CRIU itself had, which is in inventory.img. And
+// without a mount namespace of their own files have no mount.
+func Share(dir string, pid int) error {
+	ids := &core.TaskKobjIdsEntry{}
+	err := edit(filepath.Join(dir, "ids-"+strconv.Itoa(pid)+".img"), idsMagic, func(e []byte) ([]byte, error) {
+		return e, proto.Unmarshal(e, ids)
+	})
+	if err != nil {
+		return err
+	}
+	err = edit(filepath.Join(dir, "inventory.img"), inventoryMagic, change(func(e *inventory.InventoryEntry) error {
+		own := e.GetRootIds()
+		if own == nil {
+			return errors.New("it does not tell CRIU's namespaces")
+		}
+		own.MntNsId, own.UserNsId, own.NetNsId, own.IpcNsId = ids.MntNsId, ids.UserNsId, ids.NetNsId, ids.IpcNsId
+		own.UtsNsId, own.CgroupNsId, own.TimeNsId = ids.UtsNsId, ids.CgroupNsId, ids.TimeNsId
+		return nil
+	}))
+	if err != nil {
+		return err
+	}
+	return edit(filepath.Join(dir, "files.img"), filesMagic, change(func(e *fdinfo.FileEntry) error {
+		if e.Reg != nil {
+			e.Reg.MntId = nil
+		}
+		if e.Usk != nil {
+			e.Usk.MntId = nil
+		}
+		return nil
+	}))
+}
+
+// DropFilter takes a seccomp filter off the processes of an image.
+func DropFilter(dir string, filter []byte) error {
+	dropped := false
+	err := edit(filepath.Join(dir, "seccomp.img"), seccompMagic, change(func(e *seccomp.SeccompEntry) error {
+		for i, f := range e.SeccompFilters {
+			if !bytes.Equal(f.Filter, filter) {
+				continue
+			}
+			// The processes name the filter that they had first, and that names the
+			// next one: its place is taken by the next.
+			dropped = true
+			switch next := int(f.GetPrev()); {
+			case f.Prev == nil: // it was the only one
+				e.SeccompFilters[i] = &seccomp.SeccompFilter{Filter: allowAll(), Flags: f.Flags}
+			case next >= len(e.SeccompFilters) || next == i:
+				return errors.New("it is damaged")
+			default:
+				e.SeccompFilters[i] = e.SeccompFilters[next]
+			}
+		}
+		return nil
+	}))
+	if err == nil && !dropped {
+		err = errors.New("change seccomp.img: the filter is not there")
+	}
+	return err
+}
+
+// allowAll is a seccomp filter that does nothing.
+func allowAll() []byte {
+	return binary.NativeEndian.AppendUint32([]byte{unix.BPF_RET | unix.BPF_K, 0, 0, 0}, unix.SECCOMP_RET_ALLOW)
+}
+
+// change is an edit of one entry of a kind.
+func change[T any, P interface {
+	*T
+	proto.Message
+}](f func(P) error) func([]byte) ([]byte, error) {
+	return func(b []byte) ([]byte, error) {
+		e := P(new(T))
+		if err := proto.Unmarshal(b, e); err != nil {
+			return nil, err
+		}
+		if err := f(e); err != nil {
+			return nil, err
+		}
+		return proto.Marshal(e)
+	}
+}
+
+// edit puts other entries in the place of those of an image file: a list of
+// sizes, of four bytes, and messages. Without a message an entry is gone.
+func edit(name string, magic uint32, f func(entry []byte) ([]byte, error)) error {
+	fail := func(err error) error { return fmt.Errorf("change %s: %w", filepath.Base(name), err) }
+	b, err := os.ReadFile(name) //nolint:gosec // ours
+	if err != nil {
+		return fmt.Errorf("read image: %w", err)
+	}
+	// The inventory tells the version of all, so it has one word where the others have two.
+	le, at := binary.LittleEndian, 8
+	if magic == inventoryMagic {
+		at = 4
+	}
+	if len(b) < at || le.Uint32(b[at-4:]) != magic || at == 8 && le.Uint32(b) != imageMagic {
+		return fail(errors.New("it is damaged"))
+	}
+	out := b[:at:at]
+	for rest := b[at:]; len(rest) > 0; {
+		if len(rest) < 4 || uint64(len(rest)) < 4+uint64(le.Uint32(rest)) {
+			return fail(errors.New("it is damaged"))
+		}
+		size := int(le.Uint32(rest))
+		entry, err := f(rest[4:][:size])
+		if err != nil {
+			return fail(err)
+		}
+		rest = rest[4+size:]
+		if entry != nil {
+			out = append(le.AppendUint32(out, uint32(len(entry))), entry...) //nolint:gosec // small
+		}
+	}
+	if err := os.WriteFile(name, out, 0o600); err != nil {
+		return fmt.Errorf("write image: %w", err)
+	}
+	return nil
+}
