@@ -13,7 +13,8 @@ import (
 // of its own floor where sameFloor says so, and its own children.
 var floors = [][]string{
 	{"internal/fleet", "internal/slow"},
-	{"internal/homeostat", "internal/store", "internal/etcd", "internal/image", "internal/sandbox", "internal/network", "internal/appfile", "internal/events", "internal/plot"},
+	{"internal/homeostat", "internal/store", "internal/etcd", "internal/image", "internal/sandbox", "internal/network", "internal/appfile", "internal/events", "internal/plot",
+		"internal/checkpoint"}, // directories by app and key: it knows neither CRIU nor sandboxes, node and daemon join them
 	{"internal/dispatch", "internal/control", "internal/node", "internal/release", "internal/simulate"},
 	{"internal/api"},
 	{"internal/daemon"},
