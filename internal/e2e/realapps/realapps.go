@@ -1,5 +1,8 @@
 // Package realapps makes the real programs that tests and benchmarks run: as
-// Debian and npm have them, each with a page of its own.
+// Debian and npm have them, each with a page of its own. The light ones share
+// one root filesystem, the heavy ones another. All but nginx tell at /who, as
+// JSON, what distinguishes an instance: its pid and hostname, and a number of
+// the runtime's generator as well as bytes of its secure one.
 package realapps
 
 import (
@@ -13,29 +16,38 @@ import (
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
 )
 
-// packages of the root filesystem that all of them share.
+// packages of the root filesystem that all the light ones share.
 const packages = "nginx-light,apache2,libapache2-mod-php,python3-flask,nodejs"
 
-// Debian is a tarball of a root filesystem with what the apps need, made once
-// and kept in a directory.
+// Debian is a tarball of a root filesystem with what the light apps need, made
+// once and kept in a directory.
 func Debian(ctx context.Context, cache string) (string, error) {
+	return debian(ctx, cache, packages, packages)
+}
+
+// debian makes the tarball of that name, if it is not there.
+func debian(ctx context.Context, cache, name, packages string, args ...string) (string, error) {
 	dir, err := filepath.Abs(cache)
 	if err != nil {
 		return "", err
 	}
-	file := filepath.Join(dir, packages+".tar")
+	file := filepath.Join(dir, name+".tar")
 	if _, err := os.Stat(file); err == nil {
 		return file, nil
 	}
 	if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // a cache
 		return "", err
 	}
-	cmd := exec.CommandContext(ctx, "mmdebstrap", "--variant=minbase", "--include="+packages, "bookworm", file+".tmp.tar") //nolint:gosec // ours
+	args = append([]string{"--variant=minbase", "--include=" + packages}, args...)
+	cmd := exec.CommandContext(ctx, "mmdebstrap", append(args, "bookworm", file+".tmp.tar")...) //nolint:gosec // ours
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("make a Debian root filesystem: %w\n%s", err, out)
 	}
 	return file, os.Rename(file+".tmp.tar", file)
 }
+
+// apache in the foreground, as Debian has it.
+var apache = []string{"sh", "-c", "mkdir -p /run/apache2 /run/lock && . /etc/apache2/envvars && exec apache2 -DFOREGROUND"}
 
 // App is one of them.
 type App struct {
@@ -45,19 +57,34 @@ type App struct {
 	Volumes []fleet.Volume
 }
 
-// Make writes the apps' own files into a directory, which other users can
+// Make writes the light apps' own files into a directory, which other users can
 // read, and gives the apps.
 func Make(ctx context.Context, dir string) ([]App, error) {
 	files := map[string]string{
 		"php/index.php":    `<?php echo "hello php ", 6 * 7, " on ", php_sapi_name();`,
+		"php/who.php":      `<?php echo json_encode(['pid' => getmypid(), 'hostname' => gethostname(), 'random' => mt_rand(), 'secure' => bin2hex(random_bytes(16))]);`,
 		"ports.conf":       "Listen 8080\n",
-		"apache.conf":      "ServerName localhost\n<VirtualHost *:8080>\nDocumentRoot /var/www/html\nErrorLog /dev/stderr\nCustomLog /dev/stdout combined\n</VirtualHost>\n",
+		"apache.conf":      "ServerName localhost\n<VirtualHost *:8080>\nDocumentRoot /var/www/html\nAlias /who /var/www/html/who.php\nErrorLog /dev/stderr\nCustomLog /dev/stdout combined\n</VirtualHost>\n",
 		"nginx.conf":       "server { listen 8080; root /srv; access_log /dev/stdout; }\n",
 		"nginx/index.html": "hello nginx",
-		"flask/app.py":     "from flask import Flask\napp = Flask(__name__)\n@app.route('/')\ndef hello():\n    return 'hello flask'\n",
+		"flask/app.py": `
+import os, random, secrets, socket
+from flask import Flask
+app = Flask(__name__)
+
+@app.route('/')
+def hello():
+    return 'hello flask'
+
+@app.route('/who')
+def who():
+    return {'pid': os.getpid(), 'hostname': socket.gethostname(), 'random': random.random(), 'secure': secrets.token_hex(16)}
+`,
 		"node/server.js": `
+const crypto = require('crypto'), os = require('os')
 const app = require('express')()
 app.get('/', (req, res) => res.json({hello: 'express'}))
+app.get('/who', (req, res) => res.json({pid: process.pid, hostname: os.hostname(), random: Math.random(), secure: crypto.randomBytes(16).toString('hex')}))
 app.listen(process.env.PORT, '0.0.0.0')
 process.on('SIGTERM', () => process.exit(0))
 `,
@@ -84,7 +111,7 @@ process.on('SIGTERM', () => process.exit(0))
 		},
 		{
 			Name: "php", Want: "hello php 42 on apache2handler",
-			Command: []string{"sh", "-c", "mkdir -p /run/apache2 /run/lock && . /etc/apache2/envvars && exec apache2 -DFOREGROUND"},
+			Command: apache,
 			Volumes: []fleet.Volume{bind("ports.conf", "/etc/apache2/ports.conf"), bind("apache.conf", "/etc/apache2/sites-enabled/000-default.conf"), bind("php", "/var/www/html")},
 		},
 		{

@@ -1,0 +1,5 @@
+class PostsController < ApplicationController
+  def index
+    @posts = Post.order(:id)
+  end
+end

@@ -1,0 +1,1 @@
+Post.create!([{ title: "the first" }, { title: "the second" }])
