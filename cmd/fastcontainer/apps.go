@@ -123,6 +123,26 @@ func (c *cli) printApp(d api.AppDetail) error {
 		return err
 	}
 	c.say("")
+	starts := make([][]string, len(d.Starts))
+	for i, v := range d.Starts {
+		starts[i] = []string{string(v.Kind), strconv.Itoa(v.Count), "", "", "", "", ""}
+		if v.Count > 0 {
+			starts[i][2], starts[i][3] = wait(float64(v.UsualUS)/1e3), wait(float64(v.LongestUS)/1e3)
+		}
+		if v.Memory > 0 {
+			starts[i][4] = size(v.Memory)
+		}
+		if v.Disk > 0 {
+			starts[i][5] = size(v.Disk)
+		}
+		if v.Next {
+			starts[i][6] = "next"
+		}
+	}
+	if err := c.table([]string{"START", "COUNT", "USUAL", "LONGEST", "MEMORY", "DISK", ""}, starts); err != nil {
+		return err
+	}
+	c.say("")
 	if err := c.table(psHead, psRows(d.Running)); err != nil {
 		return err
 	}
@@ -132,6 +152,7 @@ func (c *cli) printApp(d api.AppDetail) error {
 	}
 	return nil
 }
+
 
 // change is a command that does one thing to one app.
 func (c *cli) change(use, about, done string, f func(cmd *cobra.Command, client *api.Client, app fleet.AppName) error) *cobra.Command {

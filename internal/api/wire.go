@@ -63,8 +63,26 @@ type AppDetail struct {
 	Spec      fleet.Spec       `json:"spec"`
 	Digest    fleet.Digest     `json:"digest"`
 	Revisions []RevisionInfo   `json:"revisions"`
-	Running   []Instance       `json:"running"`
-	Events    []fleet.Event    `json:"events"`
+	// Starts are what was measured on this node, by kind.
+	Starts  []Start       `json:"starts"`
+	Running []Instance    `json:"running"`
+	Events  []fleet.Event `json:"events"`
+}
+
+// Start is what was measured of one kind of start.
+type Start struct {
+	Kind fleet.StartKind `json:"kind"`
+	// Count of them since the daemon began, UsualUS and LongestUS of the last
+	// ones, from decided to ready, in microseconds.
+	Count     int   `json:"count"`
+	UsualUS   int64 `json:"usual_us"`
+	LongestUS int64 `json:"longest_us"`
+	// Memory that an instance of this kind held, Disk what the saved processes
+	// take, in bytes. 0: not known.
+	Memory int64 `json:"memory"`
+	Disk   int64 `json:"disk"`
+	// Next: it is what the next start is to be.
+	Next bool `json:"next"`
 }
 
 // RevisionInfo is one line of an app's history.

@@ -235,8 +235,10 @@ func checkProcess(s *fleet.Spec, bad note) {
 			}
 		}
 	}
-	if s.StopSignal != "" && !validSignal(s.StopSignal) {
-		bad("stop_signal", "%q is no signal; write it as SIGTERM, TERM or 15", clip(s.StopSignal))
+	for key, signal := range map[string]string{"stop_signal": s.StopSignal, "restored_signal": s.RestoredSignal} {
+		if signal != "" && !validSignal(signal) {
+			bad(key, "%q is no signal; write it as SIGTERM, TERM or 15", clip(signal))
+		}
 	}
 }
 

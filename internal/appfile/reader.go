@@ -39,16 +39,17 @@ func (r *reader) document(body ast.Node) fleet.Spec {
 func (r *reader) spec(s *fleet.Spec) map[string]field {
 	cpu, memory, caps := &s.Resources.CPU, &s.Resources.Memory, &s.Isolation.Capabilities
 	return map[string]field{
-		"name":        text(r, &s.Name),
-		"image":       text(r, &s.Image),
-		"hosts":       list(r, &s.Hosts, r.text),
-		"port":        whole(r, &s.Port, true),
-		"entrypoint":  list(r, &s.Entrypoint, r.text),
-		"command":     list(r, &s.Command, r.text),
-		"env":         r.env(s),
-		"workdir":     text(r, &s.Workdir),
-		"user":        text(r, &s.User),
-		"stop_signal": text(r, &s.StopSignal),
+		"name":            text(r, &s.Name),
+		"image":           text(r, &s.Image),
+		"hosts":           list(r, &s.Hosts, r.text),
+		"port":            whole(r, &s.Port, true),
+		"entrypoint":      list(r, &s.Entrypoint, r.text),
+		"command":         list(r, &s.Command, r.text),
+		"env":             r.env(s),
+		"workdir":         text(r, &s.Workdir),
+		"user":            text(r, &s.User),
+		"stop_signal":     text(r, &s.StopSignal),
+		"restored_signal": text(r, &s.RestoredSignal),
 		"ready": r.mapping(map[string]field{
 			"http":    text(r, &s.Ready.HTTP),
 			"timeout": unit(r, &s.Ready.Timeout, true),

@@ -315,7 +315,7 @@ func (a *App) decide(now time.Time) homeostat.Plan {
 func (a *App) start(now time.Time, cause string, inputs map[string]float64, retire *member) {
 	a.starting++
 	o := Order{
-		Revision: a.rev, Cause: cause, Inputs: inputs, Stages: &fleet.Stages{},
+		Revision: a.rev, Kind: a.next(), Cause: cause, Inputs: inputs, Stages: &fleet.Stages{},
 		Limits: sandbox.Limits{CPU: a.limit, CPUWeight: a.share(a.serving() + a.starting), Memory: fleet.Bytes(a.memory)},
 	}
 	if a.waiting != nil {
@@ -356,18 +356,11 @@ func (k *Control) bringUp(a *App, o Order, claim homeostat.Claim, priority int, 
 	}
 	if err == nil {
 		a.mu.Lock()
-		a.born(time.Since(began))
+		a.born(inst.Info().Kind, time.Since(began))
 		a.mu.Unlock()
+		a.keepStart(inst)
 	}
 	return inst, err
-}
-
-// born notes how long a start took. The caller holds the lock.
-func (a *App) born(took time.Duration) {
-	if a.births == nil {
-		a.births = &births{}
-	}
-	a.births.add(took)
 }
 
 // settled is how long a start may wait for its turn before it is asked again
@@ -529,7 +522,7 @@ func (a *App) adopt(inst Instance) {
 	defer a.mu.Unlock()
 	info := inst.Info()
 	if took := info.ReadyAt.Sub(info.StartedAt); took > 0 {
-		a.born(took)
+		a.born(info.Kind, took)
 	}
 	if info.State == fleet.StateStandby {
 		a.adoptStandby(inst)
@@ -646,7 +639,7 @@ func (a *App) prospect(now time.Time, l homeostat.Life) homeostat.Prospect {
 	if l.Limit > 0 {
 		rest, life = min(l.Limit-l.Age, farthest), min(l.Limit, farthest)
 	}
-	p := homeostat.Prospect{Boot: a.births.usual()}
+	p := homeostat.Prospect{Boot: a.usual()}
 	if a.record != nil {
 		quiet := max(now.Sub(a.used), 0)
 		p.Chance, p.Next = a.record.gaps.Chance(quiet, rest), a.record.gaps.Chance(quiet, life)
@@ -756,7 +749,8 @@ func (a *App) set(rev fleet.Revision, stopped bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	s := rev.Spec
-	changed := a.rev.ID != rev.ID || a.stopped != stopped
+	renewed := a.rev.ID != rev.ID
+	changed := renewed || a.stopped != stopped
 	a.rev, a.stopped = rev, stopped
 	a.policy = homeostat.Policy{
 		Min: s.Scale.Min, Max: s.Scale.Max, Concurrency: s.Concurrency, Lifetime: s.Lifetime.Std(), Idle: s.Idle.Std(), Priority: s.Priority,
@@ -770,7 +764,11 @@ func (a *App) set(rev fleet.Revision, stopped bool) {
 	case s.Start == fleet.StartAuto:
 		a.policy.Standby = homeostat.StandbyAuto
 	}
+	a.policy.Save = savePolicy(s)
 	a.active = max(a.active, 1)
+	if renewed && a.births != nil {
+		a.births.restored = window{}
+	}
 	if changed { // what failed before may work now
 		a.failures, a.young, a.lastErr = 0, 0, nil
 		a.limit, a.memory, a.trend = 0, 0, homeostat.Trend{}

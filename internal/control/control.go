@@ -45,6 +45,8 @@ type Instance interface {
 // Order is a start that is wanted.
 type Order struct {
 	Revision fleet.Revision
+	// Kind is CheckpointStart if saved processes may be restored.
+	Kind fleet.StartKind
 	// Cause and the numbers behind it.
 	Cause  string
 	Inputs map[string]float64
@@ -67,6 +69,9 @@ type Node interface {
 	Freeze(ctx context.Context, i Instance, cause string, inputs map[string]float64) error
 	// Thaw undoes it, and adds to the stages how long it took.
 	Thaw(i Instance, stages *fleet.Stages) error
+	// Save makes a checkpoint of a revision, unless there is one or it was
+	// tried in vain, and gives its size in bytes; 0: there is none.
+	Save(ctx context.Context, rev fleet.Revision, cause string, inputs map[string]float64) int64
 	// Vitals of the machine at present.
 	Vitals() homeostat.Vitals
 }

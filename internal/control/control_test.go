@@ -35,6 +35,11 @@ type fakeNode struct {
 	thawErr  error
 	vitals   homeostat.Vitals
 	running  map[fleet.InstanceID]bool
+	// saved are revisions whose starts are restores, if they may be, and take
+	// restoring. saves counts the wishes; saving is how long one takes.
+	saved             map[fleet.RevisionID]bool
+	saves             int
+	saving, restoring time.Duration
 }
 
 type fakeInstance struct {
@@ -130,7 +135,10 @@ func (n *fakeNode) Start(ctx context.Context, o Order) (Instance, error) {
 	rev, cause := o.Revision, o.Cause
 	n.mu.Lock()
 	n.starts = append(n.starts, cause)
-	took, err := n.took, n.err
+	took, err, kind := n.took, n.err, fleet.ColdStart
+	if o.Kind == fleet.CheckpointStart && n.saved[rev.ID] {
+		took, kind = n.restoring, fleet.CheckpointStart
+	}
 	n.mu.Unlock()
 	select {
 	case <-time.After(took):
@@ -142,7 +150,7 @@ func (n *fakeNode) Start(ctx context.Context, o Order) (Instance, error) {
 	}
 	now := time.Now()
 	limits := o.Limits.Over(sandbox.Limits{CPU: rev.Spec.Resources.CPU.Rest, Memory: rev.Spec.Resources.Memory.Rest})
-	i := &fakeInstance{node: n, limits: limits, rev: rev, ready: now, info: fleet.Instance{ID: fleet.NewInstanceID(rev.App), App: rev.App, Revision: rev.ID, State: fleet.StateReady, StartedAt: now.Add(-took), ReadyAt: now}}
+	i := &fakeInstance{node: n, limits: limits, rev: rev, ready: now, info: fleet.Instance{ID: fleet.NewInstanceID(rev.App), App: rev.App, Revision: rev.ID, Kind: kind, State: fleet.StateReady, StartedAt: now.Add(-took), ReadyAt: now}}
 	if l := rev.Spec.Lifetime.Std(); l > 0 {
 		i.info.ExpiresAt = now.Add(l)
 	}
@@ -150,6 +158,25 @@ func (n *fakeNode) Start(ctx context.Context, o Order) (Instance, error) {
 	n.running[i.info.ID] = true
 	n.mu.Unlock()
 	return i, nil
+}
+
+func (n *fakeNode) Save(ctx context.Context, rev fleet.Revision, _ string, _ map[string]float64) int64 {
+	n.mu.Lock()
+	n.saves++
+	took := n.saving
+	n.mu.Unlock()
+	select {
+	case <-time.After(took):
+	case <-ctx.Done():
+		return 0
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.saved == nil {
+		return 0
+	}
+	n.saved[rev.ID] = true
+	return 1 << 20
 }
 
 func (n *fakeNode) Stop(_ context.Context, i Instance, cause string) error {

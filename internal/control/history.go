@@ -67,8 +67,6 @@ func (a *App) History() homeostat.History {
 	if r.open > 0 {
 		h.Busy += now.Sub(r.since)
 	}
-	if a.births != nil {
-		h.Start50, h.Start99 = a.births.quantiles()
-	}
+	h.Start50, h.Start99 = a.expected()
 	return h
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"sync"
-	"time"
 
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
 	"github.com/fastcontainer/fastcontainer/internal/homeostat"
@@ -269,40 +268,6 @@ func (g *ledger) parties() []party {
 		}
 	}
 	return list
-}
-
-// births keeps how long an app's last starts took.
-type births struct {
-	took [16]time.Duration
-	n    int
-}
-
-func (b *births) add(d time.Duration) {
-	b.took[b.n%len(b.took)] = d
-	b.n++
-}
-
-// of the last starts, those at two places in the order of their durations.
-func (b *births) quantiles() (p50, p99 time.Duration) {
-	n := min(b.n, len(b.took))
-	if n == 0 {
-		return 0, 0
-	}
-	s := b.took
-	for i := 1; i < n; i++ { // so few are sorted where they are
-		for j := i; j > 0 && s[j] < s[j-1]; j-- {
-			s[j], s[j-1] = s[j-1], s[j]
-		}
-	}
-	return s[n/2], s[n-1]
-}
-
-func (b *births) usual() time.Duration {
-	if b == nil {
-		return 0
-	}
-	p50, _ := b.quantiles()
-	return p50
 }
 
 // crowded is whether an app has so many of the holds of this node that one

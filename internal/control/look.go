@@ -323,7 +323,7 @@ func (a *App) pressed(id fleet.InstanceID) {
 func (a *App) load(now time.Time) homeostat.Load {
 	l := homeostat.Load{
 		Starting: a.starting, Standby: a.thawable(), Failures: a.failures, InFlight: 0, Limit: a.limit,
-		Start: a.births.usual(), Spare: -1, Full: now.Before(a.fullUntil), Lean: now.Before(a.leanUntil),
+		Start: a.usual(), Spare: -1, Full: now.Before(a.fullUntil), Lean: now.Before(a.leanUntil),
 	}
 	for _, m := range a.ready {
 		if !m.retiring {

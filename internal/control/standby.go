@@ -198,13 +198,14 @@ func (a *App) thaw(now time.Time, cause string, inputs map[string]float64) {
 	frozen := m.frost.done
 	a.k.work.Go(func() {
 		<-frozen // or not, if it was in the middle of it
+		began := time.Now()
 		err := a.k.cfg.Node.Thaw(m.inst, stages)
-		a.thawed(m, err, stages, cause, inputs)
+		a.thawed(m, err, time.Since(began), stages, cause, inputs)
 	})
 }
 
 // thawed takes up the end of a thaw.
-func (a *App) thawed(m *member, err error, stages *fleet.Stages, cause string, inputs map[string]float64) {
+func (a *App) thawed(m *member, err error, took time.Duration, stages *fleet.Stages, cause string, inputs map[string]float64) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.starting--
@@ -222,6 +223,8 @@ func (a *App) thawed(m *member, err error, stages *fleet.Stages, cause string, i
 		return
 	}
 	a.standby = slices.Delete(a.standby, i, i+1)
+	a.born(fleet.StandbyStart, took)
+	a.births.thawed.memory = m.memory
 	m.frost, m.cpuKnown = nil, false
 	m.birth = &birth{tell: a.k.cfg.Events, stages: stages, event: fleet.Event{
 		Time: time.Now(), Type: fleet.EventThaw, App: a.name, Instance: m.info.ID, Revision: m.info.Revision, Node: m.info.Node,

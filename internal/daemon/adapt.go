@@ -78,6 +78,10 @@ func (m machine) Thaw(i control.Instance, stages *fleet.Stages) error {
 	return m.n.Thaw(inst, stages)
 }
 
+func (m machine) Save(ctx context.Context, rev fleet.Revision, cause string, inputs map[string]float64) int64 {
+	return int64(m.n.Save(ctx, rev, cause, inputs))
+}
+
 func (m machine) Vitals() homeostat.Vitals { return m.n.Vitals() }
 
 func (m machine) Stop(ctx context.Context, i control.Instance, cause string) error {

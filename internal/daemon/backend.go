@@ -85,6 +85,11 @@ func (b backend) App(ctx context.Context, name fleet.AppName) (api.AppDetail, er
 		App: summary(r, a.Status()), Previous: r.app.Previous,
 		Running: b.instances(name), Events: b.d.events.Last(name, 10), Revisions: []api.RevisionInfo{},
 	}
+	for _, s := range a.Starts() {
+		d.Starts = append(d.Starts, api.Start{
+			Kind: s.Kind, Count: s.Starts, UsualUS: s.Usual.Microseconds(), LongestUS: s.Tail.Microseconds(), Memory: s.Memory, Disk: s.Disk, Next: s.Next,
+		})
+	}
 	revs, err := store.Revisions(ctx, b.d.store, name)
 	if err != nil {
 		return d, err

@@ -51,7 +51,17 @@ type Config struct {
 	Images  ImagesConfig  `yaml:"images"`
 	Holds   HoldsConfig   `yaml:"holds"`
 
-	Capacity CapacityConfig `yaml:"capacity"`
+	Capacity   CapacityConfig   `yaml:"capacity"`
+	Checkpoint CheckpointConfig `yaml:"checkpoint"`
+}
+
+// CheckpointConfig is about processes that are saved as they begin to listen,
+// and restored instead of started.
+type CheckpointConfig struct {
+	// CRIU is the program that does it, 4.2 or newer, as a path or a name; empty for none. Default criu.
+	CRIU string `yaml:"criu"`
+	// Budget is what saved processes may take of the disk together: beyond it those go that were not used for longest; 0 for none. Default 4Gi.
+	Budget fleet.Bytes `yaml:"budget"`
 }
 
 // CapacityConfig is what the instances of all apps may have together. They
@@ -197,11 +207,12 @@ func Default() Config {
 			MaxBody: fleet.Bytes(d.MaxBody), MaxConns: d.MaxConns, MaxConnsPerIP: d.MaxConnsPerIP,
 			ResponseTimeout: fleet.Duration(d.ResponseTimeout),
 		},
-		Network:  NetworkConfig{Bridge: "fc0", Subnet: "10.89.0.0/16"},
-		Sandbox:  SandboxConfig{Cgroup: "/fastcontainer", UIDBase: 536870912, UIDCount: 16384, Pool: 4},
-		Images:   ImagesConfig{Refresh: fleet.Duration(5 * time.Minute), MaxSize: 20 << 30},
-		Holds:    HoldsConfig{PerApp: 1000, Total: 10000, Timeout: fleet.Duration(30 * time.Second)},
-		Capacity: CapacityConfig{CPUOvercommit: 256, MemoryOvercommit: 16, Standby: 0.25},
+		Network:    NetworkConfig{Bridge: "fc0", Subnet: "10.89.0.0/16"},
+		Sandbox:    SandboxConfig{Cgroup: "/fastcontainer", UIDBase: 536870912, UIDCount: 16384, Pool: 4},
+		Images:     ImagesConfig{Refresh: fleet.Duration(5 * time.Minute), MaxSize: 20 << 30},
+		Holds:      HoldsConfig{PerApp: 1000, Total: 10000, Timeout: fleet.Duration(30 * time.Second)},
+		Capacity:   CapacityConfig{CPUOvercommit: 256, MemoryOvercommit: 16, Standby: 0.25},
+		Checkpoint: CheckpointConfig{CRIU: "criu", Budget: 4 << 30},
 	}
 }
 
@@ -319,6 +330,9 @@ func (c *Config) Validate() error {
 	}
 	if s := c.Capacity.Standby; s < 0 || s > 1 {
 		bad("capacity.standby", "%g is not between 0 and 1", s)
+	}
+	if c.Checkpoint.Budget < 0 {
+		bad("checkpoint.budget", "%d is negative", c.Checkpoint.Budget)
 	}
 	if c.Capacity.Starts < 0 {
 		bad("capacity.starts", "%d is negative", c.Capacity.Starts)

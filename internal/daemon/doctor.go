@@ -15,6 +15,9 @@ import (
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/fastcontainer/fastcontainer/internal/fleet"
+	"github.com/fastcontainer/fastcontainer/internal/sandbox/criu"
 )
 
 // Finding is one thing that Diagnose looked at.
@@ -33,7 +36,26 @@ func Diagnose(ctx context.Context, c Config) []Finding {
 		root(), kernel(), cgroups(), controllers(), filesystems(), userNamespaces(), pidfd(), seccomp(),
 		nft(), routes4(c), resolver(), descriptors(), space(c), port(ctx, c),
 		program("crun", "isolation.runtime: crun"), program("runc", "isolation.runtime: runc"), program("runsc", "isolation.runtime: runsc"),
+		savers(ctx, c),
 	}
+}
+
+// savers looks for CRIU, as the daemon does.
+func savers(ctx context.Context, c Config) Finding {
+	f := Finding{Name: "criu", Hint: "only for checkpoints: without it slow apps start anew each time"}
+	if c.Checkpoint.CRIU == "" || c.Checkpoint.Budget == 0 {
+		f.Found = "not wanted"
+		return f
+	}
+	p, err := criu.Open(ctx, c.Checkpoint.CRIU)
+	if err != nil {
+		f.Found = err.Error()
+		f.Hint += "; " + fleet.Hint(err)
+		return f
+	}
+	f.OK, f.Found = true, p.Path+" "+p.Version
+	_ = p.Close()
+	return f
 }
 
 func root() Finding {

@@ -26,6 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/fastcontainer/fastcontainer/internal/api"
+	"github.com/fastcontainer/fastcontainer/internal/checkpoint"
 	"github.com/fastcontainer/fastcontainer/internal/control"
 	"github.com/fastcontainer/fastcontainer/internal/dispatch"
 	"github.com/fastcontainer/fastcontainer/internal/etcd"
@@ -53,16 +54,17 @@ type Daemon struct {
 	// ends are what Close does, in the order in which it was opened.
 	ends []func() error
 
-	events   *events.Log
-	images   *image.Store
-	runtimes map[fleet.Runtime]sandbox.Runtime
-	node     *node.Node
-	control  *control.Control
-	door     *dispatch.Server
-	store    store.Store
-	releases *release.Releases
-	routes   *routes
-	work     sync.WaitGroup // what goes on in the background
+	events      *events.Log
+	images      *image.Store
+	checkpoints *checkpoint.Store
+	runtimes    map[fleet.Runtime]sandbox.Runtime
+	node        *node.Node
+	control     *control.Control
+	door        *dispatch.Server
+	store       store.Store
+	releases    *release.Releases
+	routes      *routes
+	work        sync.WaitGroup // what goes on in the background
 }
 
 // Serve runs a node until ctx ends. What listens and what is started is told
@@ -221,8 +223,11 @@ func (d *Daemon) open(ctx context.Context) error {
 	if err := d.openRuntimes(ctx); err != nil {
 		return err
 	}
+	if d.checkpoints, err = checkpoint.Open(checkpoint.Config{Dir: data("checkpoints"), Budget: c.Checkpoint.Budget, Logger: d.log}); err != nil {
+		return err
+	}
 	d.node, err = node.New(node.Config{
-		Name: fleet.NodeName(c.Node), Runtimes: d.runtimes, Images: d.images,
+		Name: fleet.NodeName(c.Node), Runtimes: d.runtimes, Images: d.images, Checkpoints: d.checkpoints,
 		RunDir: filepath.Join(c.Run, "instances"), LogDir: data("logs"), VolumeDir: data("volumes"),
 		Logger: d.log, Events: d.events.Append, Registerer: d.metrics,
 		Gone:    func(i *node.Instance) { d.control.Gone(i.Info().ID) },
@@ -288,7 +293,12 @@ func (d *Daemon) openRuntimes(ctx context.Context) error {
 	}
 	d.ends = append(d.ends, n.Close)
 	w := newWires(n)
+	program := c.Checkpoint.CRIU
+	if c.Checkpoint.Budget == 0 {
+		program = ""
+	}
 	native, err := sandbox.Open(ctx, sandbox.Config{
+		CRIU:   program,
 		Logger: d.log, Cgroup: c.Sandbox.Cgroup, UIDBase: c.Sandbox.UIDBase, UIDCount: c.Sandbox.UIDCount, Network: w, Pool: c.Sandbox.Pool,
 	})
 	if err != nil {
@@ -358,6 +368,9 @@ func (d *Daemon) begin(ctx, background context.Context) error {
 				close(synced)
 			case c.Deleted:
 				d.control.RemoveApp(c.App.Name)
+				if err := d.node.ForgetSaved(c.App.Name); err != nil {
+					d.log.Warn("remove checkpoints", "app", c.App.Name, "error", err)
+				}
 			default:
 				d.control.SetApp(c.App, c.Revision)
 			}
@@ -379,6 +392,9 @@ func (d *Daemon) begin(ctx, background context.Context) error {
 	}
 	for _, i := range adopted {
 		d.control.Adopt(i)
+	}
+	if _, err := d.checkpoints.Keep(func(app fleet.AppName, _ string) bool { _, ok := d.routes.get(app); return ok }); err != nil {
+		d.log.Warn("remove checkpoints that no app has", "error", err)
 	}
 	d.control.Begin()
 	if len(adopted) > 0 {

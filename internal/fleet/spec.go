@@ -53,11 +53,17 @@ type Spec struct {
 	// Priority decides who is digested first under starvation: low first.
 	// 0 to 100, default 50.
 	Priority int `yaml:"priority" json:"priority"`
-	// Start prefers a kind of start. auto: an idle instance is frozen instead of
-	// retired where a thaw saves time and somebody may come; standby: one is
-	// always kept frozen, within the node's capacity.standby; cold: none is;
-	// checkpoint: as cold, for now. Default auto.
+	// Start prefers a kind of start. auto: the quickest of those that were
+	// measured: an idle instance is frozen instead of retired where a thaw saves
+	// time and somebody may come, and processes that are slow to start are saved as
+	// they listen and restored from then on (docs/checkpoint.md); standby: the same,
+	// and one is always kept frozen, within the node's capacity.standby; checkpoint:
+	// idle instances end, and starts restore; cold: none of it. Default auto.
 	Start StartPolicy `yaml:"start" json:"start"`
+	// RestoredSignal is sent to the first process of an instance whose processes
+	// were restored, so that it can renew what must not be the same in two of them.
+	// Default: none.
+	RestoredSignal string `yaml:"restored_signal,omitempty" json:"restored_signal,omitempty"`
 	// Volumes are directories that outlive instances.
 	Volumes []Volume `yaml:"volumes,omitempty" json:"volumes,omitempty"`
 	// Isolation of the container from its host.

@@ -28,6 +28,8 @@ type Policy struct {
 	Priority int
 	// Standby: what becomes of idle instances.
 	Standby StandbyPolicy
+	// Save: whether starts restore saved processes.
+	Save SavePolicy
 }
 
 // Span is what an instance has when calm and the most that it may be given.

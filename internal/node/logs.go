@@ -77,10 +77,10 @@ func (n *Node) pruneLogs(app fleet.AppName) {
 	}
 }
 
-// Forget removes the logs, and if volumes is true the named volumes, of an app
+// Forget removes the logs, the saved processes, and if volumes is true the named volumes, of an app
 // that is deleted.
 func (n *Node) Forget(app fleet.AppName, volumes bool) error {
-	errs := []error{os.RemoveAll(filepath.Join(n.cfg.LogDir, string(app)))}
+	errs := []error{os.RemoveAll(filepath.Join(n.cfg.LogDir, string(app))), n.ForgetSaved(app)}
 	if volumes {
 		errs = append(errs, os.RemoveAll(filepath.Join(n.cfg.VolumeDir, string(app))))
 	}

@@ -24,6 +24,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/fastcontainer/fastcontainer/internal/checkpoint"
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
 	"github.com/fastcontainer/fastcontainer/internal/homeostat"
 	"github.com/fastcontainer/fastcontainer/internal/image"
@@ -46,7 +47,9 @@ type Config struct {
 	// RunDir keeps what a new daemon needs to adopt the instances; LogDir their
 	// logs, VolumeDir the named volumes.
 	RunDir, LogDir, VolumeDir string
-	Logger                    *slog.Logger
+	// Checkpoints keeps saved processes; nil: none are.
+	Checkpoints *checkpoint.Store
+	Logger      *slog.Logger
 	// Events is told what happens.
 	Events func(fleet.Event)
 	// Registerer of metrics; may be nil.
@@ -72,6 +75,10 @@ type Node struct {
 	probing atomic.Int64 // starts that wait for their port
 	vitals  *vitals
 	alarms  sync.Once // says that there are none
+	// saves has room for the one checkpoint that is being made, which owns unroomed: when
+	// there was no room for one.
+	saves    chan struct{}
+	unroomed time.Time
 
 	mu        sync.Mutex
 	instances map[fleet.InstanceID]*Instance
@@ -84,7 +91,7 @@ func New(c Config) (*Node, error) {
 			return nil, fmt.Errorf("make directory of the node: %w", err)
 		}
 	}
-	n := &Node{cfg: c, closing: make(chan struct{}), vitals: newVitals(c), instances: map[fleet.InstanceID]*Instance{}}
+	n := &Node{cfg: c, closing: make(chan struct{}), saves: make(chan struct{}, 1), vitals: newVitals(c), instances: map[fleet.InstanceID]*Instance{}}
 	var err error
 	if n.metrics, err = newMetrics(c.Registerer, n); err != nil {
 		return nil, err
@@ -100,6 +107,7 @@ type Instance struct {
 	release func() // of the image
 	end     sync.Once
 	log     string
+	saved   string // the key of the checkpoint that it was restored from
 
 	sizing  sync.Mutex // one Resize, Freeze or Thaw at a time
 	frozen  bool       // when it was stopped
@@ -138,6 +146,13 @@ func (i *Instance) Limits() sandbox.Limits {
 // Stats reads its cgroup.
 func (i *Instance) Stats() (sandbox.Stats, error) { return i.box.Stats() }
 
+// become notes what kind of start it was.
+func (i *Instance) become(k fleet.StartKind) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.info.Kind = k
+}
+
 // move changes its state, or says that it may not.
 func (i *Instance) move(to fleet.State) error {
 	i.mu.Lock()
@@ -163,6 +178,9 @@ func (i *Instance) OutOfMemory() bool {
 // Order is a start that somebody wants.
 type Order struct {
 	Revision fleet.Revision
+	// Kind is CheckpointStart if saved processes may be restored. Where there
+	// are none, or they are of no use, the start is a cold one.
+	Kind fleet.StartKind
 	// Cause and the numbers behind it.
 	Cause  string
 	Inputs map[string]float64
@@ -191,8 +209,8 @@ func (n *Node) Start(ctx context.Context, o Order) (*Instance, error) {
 	n.mu.Lock()
 	n.instances[id] = i
 	n.mu.Unlock()
-	err := n.start(ctx, i, o.Stages)
-	n.metrics.started(err, o.Stages, fleet.ColdStart)
+	err := n.start(ctx, i, o.Kind, o.Stages)
+	n.metrics.started(err, o.Stages, i.Info().Kind)
 	if err != nil {
 		n.report(i, "start failed", err)
 		_ = n.remove(context.Background(), i) // logged
@@ -201,7 +219,7 @@ func (n *Node) Start(ctx context.Context, o Order) (*Instance, error) {
 	return i, nil
 }
 
-func (n *Node) start(ctx context.Context, i *Instance, stages *fleet.Stages) error {
+func (n *Node) start(ctx context.Context, i *Instance, kind fleet.StartKind, stages *fleet.Stages) error {
 	spec := i.rev.Spec
 	rt, ok := n.cfg.Runtimes[spec.Isolation.Runtime]
 	if !ok {
@@ -228,21 +246,19 @@ func (n *Node) start(ctx context.Context, i *Instance, stages *fleet.Stages) err
 	want.Limits.Memory = max(resting.Memory, spec.Resources.Memory.Peak)
 	ctx, cancel := context.WithTimeoutCause(ctx, spec.Ready.Timeout.Std(), errNotReady)
 	defer cancel()
-	if i.box, err = rt.Start(ctx, want); err != nil {
-		return err
+	if kind == fleet.CheckpointStart {
+		if err := n.restore(ctx, i, want, stages); err != nil {
+			return err
+		}
 	}
-	t := i.box.Timings()
-	stages.Claim, stages.Rootfs = t.Claim.Microseconds(), t.Rootfs.Microseconds()
-	stages.Network, stages.Exec = t.Network.Microseconds(), t.Exec.Microseconds()
-	i.mu.Lock()
-	i.info.PID = i.box.PID()
-	i.info.Address = addrPort(i.box.Address(), spec.Port)
-	i.mu.Unlock()
-	executed := time.Now()
-	if err := i.awaitReady(ctx); err != nil {
-		return err
+	if i.box == nil {
+		if i.box, err = rt.Start(ctx, want); err != nil {
+			return err
+		}
+		if err := n.settle(ctx, i, stages); err != nil {
+			return err
+		}
 	}
-	stages.Listen = time.Since(executed).Microseconds()
 	if resting != want.Limits {
 		resting = n.rest(i, resting, want.Limits)
 	}
@@ -262,6 +278,23 @@ func (n *Node) start(ctx context.Context, i *Instance, stages *fleet.Stages) err
 	}
 	n.arm(i)
 	n.watch(i)
+	return nil
+}
+
+// settle takes note of where an instance runs, and waits until it is ready.
+func (n *Node) settle(ctx context.Context, i *Instance, stages *fleet.Stages) error {
+	t := i.box.Timings()
+	stages.Claim, stages.Rootfs = t.Claim.Microseconds(), t.Rootfs.Microseconds()
+	stages.Network, stages.Exec = t.Network.Microseconds(), t.Exec.Microseconds()
+	i.mu.Lock()
+	i.info.PID = i.box.PID()
+	i.info.Address = addrPort(i.box.Address(), i.rev.Spec.Port)
+	i.mu.Unlock()
+	executed := time.Now()
+	if err := i.awaitReady(ctx); err != nil {
+		return err
+	}
+	stages.Listen = time.Since(executed).Microseconds()
 	return nil
 }
 
@@ -318,10 +351,7 @@ func (n *Node) Close() {
 func (n *Node) report(i *Instance, cause string, err error) {
 	_ = i.move(fleet.StateFailed)
 	e := n.newEvent(i, fleet.EventFail, cause)
-	e.Detail = err.Error()
-	if hint := fleet.Hint(err); hint != "" {
-		e.Detail += "; " + hint
-	}
+	e.Detail = withHint(err)
 	e.Log = tailLines(i.log, 20, 4<<10)
 	n.cfg.Events(e)
 }
@@ -627,6 +657,8 @@ type saved struct {
 	Box      json.RawMessage `json:"box"`
 	Limits   sandbox.Limits  `json:"limits"`
 	Log      string          `json:"log"`
+	// Saved is the key of the checkpoint that it was restored from.
+	Saved string `json:"saved,omitempty"`
 	// ReadyBoot and ExpiresBoot are seconds on the clock that counts from boot
 	// and never jumps.
 	ReadyBoot   float64 `json:"ready_boot"`
@@ -641,7 +673,7 @@ func (n *Node) statePath(id fleet.InstanceID) string {
 // a reboot loses is lost with the containers, so nothing is synced.
 func (n *Node) save(i *Instance) error {
 	now, boot := time.Now(), bootTime()
-	s := saved{Instance: i.Info(), Revision: i.rev, Box: i.box.State(), Limits: i.Limits(), Log: i.log, ReadyBoot: boot - now.Sub(i.readyAt).Seconds()}
+	s := saved{Instance: i.Info(), Revision: i.rev, Box: i.box.State(), Limits: i.Limits(), Log: i.log, Saved: i.saved, ReadyBoot: boot - now.Sub(i.readyAt).Seconds()}
 	s.Revision.Spec.Env = nil // may hold secrets, and is not needed
 	if !s.Instance.ExpiresAt.IsZero() {
 		s.ExpiresBoot = boot + s.Instance.ExpiresAt.Sub(now).Seconds()
@@ -722,9 +754,14 @@ func (n *Node) adopt(ctx context.Context, path string) (*Instance, error) {
 		}
 		return nil, err
 	}
-	i := &Instance{node: n, rev: s.Revision, box: box, log: s.Log, limits: s.Limits, info: s.Instance, stopped: make(chan struct{}), release: func() {}}
+	i := &Instance{node: n, rev: s.Revision, box: box, log: s.Log, limits: s.Limits, info: s.Instance, saved: s.Saved, stopped: make(chan struct{}), release: func() {}}
 	if release, err := n.cfg.Images.Hold(s.Revision.Image); err == nil {
 		i.release = release
+	}
+	if s.Saved != "" && n.cfg.Checkpoints != nil {
+		if release, ok := n.cfg.Checkpoints.Hold(s.Instance.App, s.Saved); ok {
+			i.release = both(i.release, release)
+		}
 	}
 	now, boot := time.Now(), bootTime()
 	i.readyAt = now.Add(-time.Duration((boot - s.ReadyBoot) * float64(time.Second)))

@@ -90,6 +90,9 @@ func environment(s fleet.Spec, c image.Config, id fleet.InstanceID, rev fleet.Re
 	set("FASTCONTAINER_APP=" + string(s.Name))
 	set("FASTCONTAINER_INSTANCE=" + string(id))
 	set("FASTCONTAINER_REVISION=" + string(rev))
+	if s.Start != fleet.StartCold {
+		set("FASTCONTAINER_RESTORED=" + sandbox.RestoredFile)
+	}
 	for _, key := range slices.Sorted(maps.Keys(s.Env)) {
 		set(key + "=" + s.Env[key])
 	}

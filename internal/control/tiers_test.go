@@ -1,0 +1,153 @@
+package control
+
+import (
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/fastcontainer/fastcontainer/internal/fleet"
+)
+
+// saving runs a test with a node that can save processes.
+func saving(t *testing.T, test func(t *testing.T, k *Control, n *fakeNode)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		n := &fakeNode{
+			took: time.Second, saving: 5 * time.Second, restoring: 30 * time.Millisecond,
+			running: map[fleet.InstanceID]bool{}, saved: map[fleet.RevisionID]bool{},
+		}
+		k := newTestControl(t, n, func(*Config) {}) // it keeps no standbys
+		test(t, k, n)
+		k.Close()
+	})
+}
+
+// wakes makes a visit that finds the app asleep, and lets it fall asleep again.
+func wakes(t *testing.T, a *App) time.Duration {
+	t.Helper()
+	d := visit(t, a)
+	time.Sleep(2 * time.Minute)
+	synctest.Wait()
+	if s := a.Status(); s.Ready > 0 {
+		t.Fatal("it does not fall asleep")
+	}
+	return d
+}
+
+func (n *fakeNode) wishes() int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.saves
+}
+
+func TestTiers_ASlowStartIsSavedAndRestored(t *testing.T) {
+	saving(t, func(t *testing.T, k *Control, n *fakeNode) {
+		a := deploy(k, standbySpec("shop", fleet.StartAuto), 1)
+		for i, want := range []time.Duration{time.Second, 30 * time.Millisecond, 30 * time.Millisecond} {
+			if d := wakes(t, a); d != want {
+				t.Errorf("visit %d waited %v, want %v", i, d, want)
+			}
+		}
+		if got := n.wishes(); got != 1 {
+			t.Errorf("saved %d times", got)
+		}
+		starts := a.Starts()
+		if c := starts[1]; c.Kind != fleet.CheckpointStart || c.Starts != 2 || c.Usual != 30*time.Millisecond || !c.Next || c.Disk != 1<<20 {
+			t.Errorf("told %+v", c)
+		}
+		if c := starts[0]; c.Starts != 1 || c.Next {
+			t.Errorf("told %+v", c)
+		}
+	})
+}
+
+func TestTiers_TheRequestComesFirst(t *testing.T) {
+	saving(t, func(t *testing.T, k *Control, n *fakeNode) {
+		a := deploy(k, standbySpec("shop", fleet.StartAuto), 1)
+		visit(t, a)
+		synctest.Wait()
+		if n.wishes() != 0 {
+			t.Error("processes are saved while a request waits")
+		}
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		if n.wishes() != 1 {
+			t.Error("processes are not saved")
+		}
+	})
+}
+
+func TestTiers_OneIsMadeAtATime(t *testing.T) {
+	saving(t, func(t *testing.T, k *Control, n *fakeNode) {
+		n.saving = time.Hour
+		a := deploy(k, standbySpec("shop", fleet.StartAuto), 1)
+		for range 3 {
+			wakes(t, a)
+		}
+		if got := n.wishes(); got != 1 {
+			t.Errorf("saved %d times at once", got)
+		}
+	})
+}
+
+func TestTiers_ASlowRestoreIsGivenUp(t *testing.T) {
+	saving(t, func(t *testing.T, k *Control, n *fakeNode) {
+		n.restoring = 3 * time.Second
+		a := deploy(k, standbySpec("shop", fleet.StartAuto), 1)
+		var got []time.Duration
+		for range 6 {
+			got = append(got, wakes(t, a))
+		}
+		if got[3] != 3*time.Second || got[4] != time.Second || got[5] != time.Second {
+			t.Errorf("starts took %v", got)
+		}
+	})
+}
+
+func TestTiers_ANewRevisionIsTriedAgain(t *testing.T) {
+	saving(t, func(t *testing.T, k *Control, n *fakeNode) {
+		spec := standbySpec("shop", fleet.StartAuto)
+		a := deploy(k, spec, 1)
+		wakes(t, a)
+		wakes(t, a)
+		deploy(k, spec, 2)
+		if d := wakes(t, a); d != time.Second {
+			t.Errorf("processes of the revision before were restored: %v", d)
+		}
+		if d := wakes(t, a); d != 30*time.Millisecond {
+			t.Errorf("those of the new one were not: %v", d)
+		}
+		if got := n.wishes(); got != 2 {
+			t.Errorf("saved %d times", got)
+		}
+	})
+}
+
+func TestTiers_WhoIsNotSaved(t *testing.T) {
+	for name, change := range map[string]func(*fleet.Spec, *fakeNode){
+		"who does not want it": func(s *fleet.Spec, _ *fakeNode) { s.Start = fleet.StartCold },
+		"who starts quickly":   func(_ *fleet.Spec, n *fakeNode) { n.took = 10 * time.Millisecond },
+		"who is alone and writes to a volume": func(s *fleet.Spec, _ *fakeNode) {
+			s.Scale.Max, s.Volumes = 1, []fleet.Volume{{Name: "data", Mount: "/data"}}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			saving(t, func(t *testing.T, k *Control, n *fakeNode) {
+				spec := standbySpec("shop", fleet.StartAuto)
+				change(&spec, n)
+				a := deploy(k, spec, 1)
+				wakes(t, a)
+				if n.wishes() != 0 {
+					t.Error("it is saved")
+				}
+				spec.Start = fleet.StartCheckpoint
+				if a = deploy(k, spec, 2); name != "who does not want it" {
+					wakes(t, a)
+					if n.wishes() != 1 {
+						t.Error("it is not saved though its owner wants it")
+					}
+				}
+			})
+		})
+	}
+}

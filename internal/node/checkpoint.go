@@ -1,0 +1,237 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/fastcontainer/fastcontainer/internal/checkpoint"
+	"github.com/fastcontainer/fastcontainer/internal/fleet"
+	"github.com/fastcontainer/fastcontainer/internal/sandbox"
+)
+
+// Causes of checkpoint events, beside those that control gives.
+const (
+	causeUnsaved   = "its processes cannot be saved: its starts stay cold"
+	causeUnroomed  = "there is no room for its saved processes"
+	causeUnrestore = "its saved processes cannot be restored: a cold start instead, and from now on"
+	causeDamaged   = "its saved processes are damaged: a cold start instead"
+)
+
+const (
+	// restoredReady is the longest that a restored instance may take to answer:
+	// it was about to.
+	restoredReady = 10 * time.Second
+	// roomAgain is how long nothing is saved after there was no room.
+	roomAgain = 10 * time.Minute
+)
+
+// saver is the runtime that can save a revision's processes, and the key of
+// its checkpoint; nil: there is none.
+func (n *Node) saver(rev fleet.Revision) (sandbox.Checkpointer, string) {
+	c, ok := n.cfg.Runtimes[rev.Spec.Isolation.Runtime].(sandbox.Checkpointer)
+	if !ok || n.cfg.Checkpoints == nil {
+		return nil, ""
+	}
+	host, err := c.CheckpointHost()
+	if err != nil {
+		return nil, "" // doctor says why
+	}
+	return c, checkpoint.Key(host, rev.Image, rev.ID, rev.Spec)
+}
+
+// Save makes a checkpoint of a revision: its processes are started once more,
+// for nobody, and saved as they are about to listen. It gives the checkpoint's
+// size; 0: there is none, which is no error, and said in an event if it is new.
+// One is made at a time.
+func (n *Node) Save(ctx context.Context, rev fleet.Revision, cause string, inputs map[string]float64) fleet.Bytes {
+	c, key := n.saver(rev)
+	if c == nil {
+		return 0
+	}
+	select {
+	case n.saves <- struct{}{}:
+		defer func() { <-n.saves }()
+	case <-ctx.Done():
+		return 0
+	}
+	found, err := n.cfg.Checkpoints.Find(rev.App, key)
+	if err == nil {
+		defer found.Release()
+		return found.Size()
+	}
+	if errors.Is(err, checkpoint.ErrRefused) || time.Since(n.unroomed) < roomAgain {
+		return 0
+	}
+	e := fleet.Event{Time: time.Now(), Type: fleet.EventCheckpoint, App: rev.App, Revision: rev.ID, Node: n.cfg.Name, Cause: cause, Inputs: inputs}
+	id := fleet.NewInstanceID(rev.App)
+	log := n.logPath(id)
+	began := time.Now()
+	err = n.cfg.Checkpoints.Make(ctx, rev.App, key, func(dir string) error { return n.capture(ctx, c, id, rev, dir) })
+	switch {
+	case err == nil:
+	case ctx.Err() != nil || errors.Is(err, fleet.ErrConflict): // the app was deleted
+		return 0
+	case errors.Is(err, fleet.ErrOverloaded) || errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT):
+		n.unroomed = time.Now()
+		e.Cause, e.Detail = causeUnroomed, withHint(err)
+		n.cfg.Events(e)
+		return 0
+	default:
+		e.Cause, e.Detail, e.Log = causeUnsaved, withHint(err), tailLines(log, 20, 4<<10)
+		n.cfg.Events(e)
+		n.refuse(rev.App, key, err)
+		return 0
+	}
+	if err := os.Remove(log); err != nil && !errors.Is(err, os.ErrNotExist) {
+		n.cfg.Logger.Warn("remove log", "file", log, "error", err)
+	}
+	found, err = n.cfg.Checkpoints.Find(rev.App, key)
+	if err != nil { // the app was deleted meanwhile
+		return 0
+	}
+	defer found.Release()
+	e.Detail = fmt.Sprintf("%s in %s", found.Size(), time.Since(began).Round(time.Millisecond))
+	n.cfg.Events(e)
+	return found.Size()
+}
+
+// refuse remembers that a checkpoint is of no use.
+func (n *Node) refuse(app fleet.AppName, key string, why error) {
+	if err := n.cfg.Checkpoints.Refuse(app, key, why.Error()); err != nil {
+		n.cfg.Logger.Warn("remember a failed checkpoint", "app", app, "error", err)
+	}
+}
+
+// capture starts a revision for nobody and saves its processes.
+func (n *Node) capture(ctx context.Context, c sandbox.Checkpointer, id fleet.InstanceID, rev fleet.Revision, dir string) error {
+	img, err := n.cfg.Images.Get(rev.Image)
+	if err != nil {
+		return err
+	}
+	release, err := n.cfg.Images.Hold(rev.Image)
+	if err != nil {
+		return err
+	}
+	defer release()
+	want, err := n.sandboxSpec(id, rev, img)
+	if err != nil {
+		return err
+	}
+	want.Limits.Memory = max(want.Limits.Memory, rev.Spec.Resources.Memory.Peak)
+	want.Limits.CPU = max(want.Limits.CPU, rev.Spec.Resources.CPU.Peak)
+	want.Limits.CPUWeight = savingWeight
+	ctx, cancel := context.WithTimeoutCause(ctx, rev.Spec.Ready.Timeout.Std()+savingTime, errNotReady)
+	defer cancel()
+	return c.Checkpoint(ctx, want, sandbox.Capture{Port: rev.Spec.Port, Ready: func(ctx context.Context, a netip.Addr) error {
+		return listens(ctx, addrPort(a, rev.Spec.Port).String())
+	}}, dir)
+}
+
+const (
+	// savingWeight is a small part of what an instance has that somebody waits for.
+	savingWeight = 10
+	// savingTime is more than saving takes once the processes stand still.
+	savingTime = time.Minute
+)
+
+// listens waits until somebody accepts connections there. Nobody is in a
+// hurry, and a program that is caught in listen(2) accepts, too: it has to be
+// seen twice.
+func listens(ctx context.Context, addr string) error {
+	dialer := net.Dialer{Timeout: time.Second}
+	timer := time.NewTicker(200 * time.Millisecond)
+	defer timer.Stop()
+	for seen := 0; ; {
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-timer.C:
+		}
+		conn, err := dialer.DialContext(ctx, "tcp", addr)
+		if err != nil {
+			seen = 0
+			continue
+		}
+		_ = conn.Close()
+		if seen++; seen == 2 {
+			return nil
+		}
+	}
+}
+
+// restore starts an instance from saved processes, if there are some. Without
+// an error and without a container it is to be started anew.
+func (n *Node) restore(ctx context.Context, i *Instance, want sandbox.Spec, stages *fleet.Stages) error {
+	c, key := n.saver(i.rev)
+	if c == nil {
+		return nil
+	}
+	saved, err := n.cfg.Checkpoints.Find(i.rev.App, key)
+	if errors.Is(err, checkpoint.ErrDamaged) {
+		n.event(i, fleet.EventCheckpoint, causeDamaged, err.Error())
+	}
+	if err != nil {
+		return nil //nolint:nilerr // there is none
+	}
+	limited, cancel := context.WithTimeoutCause(ctx, restoredReady, errNotReady)
+	defer cancel()
+	box, err := c.Restore(limited, want, saved.Dir())
+	if err == nil {
+		i.box = box
+		i.become(fleet.CheckpointStart)
+		if err = n.settle(limited, i, stages); err == nil {
+			i.saved, i.release = key, both(i.release, saved.Release)
+			n.tellRestored(i)
+			return nil
+		}
+		if derr := box.Destroy(context.WithoutCancel(ctx)); derr != nil {
+			n.cfg.Logger.Error("destroy instance", "instance", i.info.ID, "error", derr)
+		}
+		i.box = nil
+		i.become(fleet.ColdStart)
+	}
+	saved.Release()
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	n.metrics.started(err, stages, fleet.CheckpointStart)
+	n.event(i, fleet.EventCheckpoint, causeUnrestore, withHint(err))
+	n.refuse(i.rev.App, key, err)
+	return nil
+}
+
+// tellRestored sends the signal that the app asked for.
+func (n *Node) tellRestored(i *Instance) {
+	if i.rev.Spec.RestoredSignal == "" {
+		return
+	}
+	if err := i.box.Signal(stopSignal(i.rev.Spec.RestoredSignal)); err != nil {
+		n.cfg.Logger.Warn("tell an instance that it was restored", "instance", i.info.ID, "error", err)
+	}
+}
+
+// ForgetSaved removes the saved processes of an app that was deleted, also those that are
+// being saved just now.
+func (n *Node) ForgetSaved(app fleet.AppName) error {
+	if n.cfg.Checkpoints == nil {
+		return nil
+	}
+	return n.cfg.Checkpoints.Delete(app)
+}
+
+func both(f, g func()) func() { return func() { f(); g() } }
+
+// withHint is an error with what to do about it.
+func withHint(err error) string {
+	if hint := fleet.Hint(err); hint != "" && !strings.Contains(err.Error(), hint) {
+		return err.Error() + "; " + hint
+	}
+	return err.Error()
+}
