@@ -156,6 +156,8 @@ func TestParse_Refuses(t *testing.T) {
 		"lifetime: 90000h":                       "3:11: lifetime: is 90000h; 0 to 8760h",
 		"ready: {timeout: 0}":                    "3:18: ready.timeout: is 0; leave the key out",
 		"ready: {http: healthz}":                 "3:15: ready.http: \"healthz\" is not a path",
+		"warm: page":                             "3:7: warm: \"page\" is not a path",
+		"restored_signal: SIGNONE":               "3:18: restored_signal: \"SIGNONE\" is no signal",
 		"ready: {http: //evil/x}":                "3:15: ready.http: \"//evil/x\" is not a path",
 		"scale: {min: 3, max: 2}":                "3:22: scale.max: is 2, below scale.min (3)",
 		"scale: {min: 11}":                       "3:1: scale.max: is 10, below scale.min (11)",

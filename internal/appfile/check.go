@@ -123,9 +123,12 @@ func check(s *fleet.Spec, bad note) {
 		between(bad, "port", s.Port, 1, 65535)
 	}
 	checkProcess(s, bad)
-	if h := s.Ready.HTTP; h != "" {
+	for key, h := range map[string]string{"ready.http": s.Ready.HTTP, "warm": s.Warm} {
+		if h == "" {
+			continue
+		}
 		if _, err := url.ParseRequestURI(h); err != nil || h[0] != '/' || strings.HasPrefix(h, "//") || len(h) > 2048 || strings.ContainsFunc(h, notPrinted) || strings.Contains(h, " ") {
-			bad("ready.http", "%q is not a path; write it as /healthz", clip(h))
+			bad(key, "%q is not a path; write it as /healthz", clip(h))
 		}
 	}
 	lasting(bad, "ready.timeout", s.Ready.Timeout, fleet.Duration(time.Millisecond), maxShort)

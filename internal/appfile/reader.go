@@ -50,6 +50,7 @@ func (r *reader) spec(s *fleet.Spec) map[string]field {
 		"user":            text(r, &s.User),
 		"stop_signal":     text(r, &s.StopSignal),
 		"restored_signal": text(r, &s.RestoredSignal),
+		"warm":            text(r, &s.Warm),
 		"ready": r.mapping(map[string]field{
 			"http":    text(r, &s.Ready.HTTP),
 			"timeout": unit(r, &s.Ready.Timeout, true),

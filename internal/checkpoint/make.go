@@ -48,7 +48,7 @@ func (s *Store) Make(ctx context.Context, app fleet.AppName, key string, fill fu
 			err = errors.Join(err, fmt.Errorf("remove unfinished checkpoint: %w", rerr))
 		}
 	}()
-	if err := s.fill(ctx, m, e, tmp, fill); err != nil {
+	if err := s.fill(ctx, e, tmp, fill); err != nil {
 		return fmt.Errorf("make checkpoint of %s: %w", app, err)
 	}
 	return s.place(m, e, tmp)
@@ -84,7 +84,7 @@ func (s *Store) finish(n id, m *making) {
 }
 
 // fill makes a whole checkpoint in tmp, and has it on the disk.
-func (s *Store) fill(ctx context.Context, m *making, e *entry, tmp string, fill func(dir string) error) error {
+func (s *Store) fill(ctx context.Context, e *entry, tmp string, fill func(dir string) error) error {
 	if err := context.Cause(ctx); err != nil {
 		return err
 	}
@@ -97,10 +97,6 @@ func (s *Store) fill(ctx context.Context, m *making, e *entry, tmp string, fill 
 	if err := fill(content); err != nil {
 		return err
 	}
-	// What nobody wants need not be read.
-	if err := s.wanted(m); err != nil {
-		return err
-	}
 	t, err := readTree(ctx, content, s.budget, true)
 	if errors.Is(err, errTooLarge) {
 		return s.noRoom(e.id, fmt.Errorf("it takes more than checkpoint.budget, which is %s", s.budget))
@@ -111,12 +107,6 @@ func (s *Store) fill(ctx context.Context, m *making, e *entry, tmp string, fill 
 	now := time.Now()
 	e.tree, e.size, e.created, e.used, e.noted = *t, t.size(), now.Round(0).UTC(), now, now
 	return write(tmp, filepath.Join(tmp, manifestFile), manifest{Format: manifestFormat, App: e.id.app, Key: e.id.key, Created: e.created, tree: e.tree})
-}
-
-func (s *Store) wanted(m *making) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return m.void
 }
 
 // place makes room for a checkpoint and moves it to the others.

@@ -745,6 +745,24 @@ func TestBudget_HeldOnesStay(t *testing.T) {
 	}
 }
 
+func TestBudget_DoomedOnesGoFirst(t *testing.T) {
+	dir := ramdisk(t, "16m")
+	s := open(t, dir, 2*eachSize)
+	mustMake(t, s, "blog", key(1), each)
+	mustMake(t, s, "blog", key(2), each)
+	mustFind(t, s, "blog", key(2))
+	if err := s.Refuse("blog", key(2), "no"); err != nil {
+		t.Fatal(err)
+	}
+	s = open(t, dir, 2*eachSize)
+	clean(t, s, 2)
+	mustMake(t, s, "blog", key(3), each)
+	clean(t, s, 2)
+	if err := errors.Join(finds(s, "blog", key(1)), finds(s, "blog", key(3))); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestBudget_NothingGoesForWhatDoesNotFit(t *testing.T) {
 	s := open(t, ramdisk(t, "16m"), 2*eachSize)
 	mustMake(t, s, "blog", key(1), each)
@@ -834,6 +852,24 @@ func TestRefuse_StaysRefused(t *testing.T) {
 		t.Errorf("after delete: %+v", list)
 	}
 	mustMake(t, s, "blog", key(1), twoFiles)
+}
+
+func TestRefuse_CrashBeforeItIsRemoved(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir, plenty)
+	mustMake(t, s, "blog", key(1), twoFiles)
+	must(t, s.record(id{"blog", key(1)}, refusal{Reason: "no", At: time.Now()}))
+	s = open(t, dir, plenty)
+	if err := finds(s, "blog", key(1)); !errors.Is(err, ErrRefused) {
+		t.Error(err)
+	}
+	if _, err := s.Keep(func(fleet.AppName, string) bool { return true }); err != nil {
+		t.Error(err)
+	}
+	clean(t, s, 0)
+	if err := finds(s, "blog", key(1)); !errors.Is(err, ErrRefused) {
+		t.Error(err)
+	}
 }
 
 func TestRefuse_FullDisk(t *testing.T) {
@@ -1091,6 +1127,28 @@ func TestOpen_AfterACrash(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+func TestOpen_TheNewerOfTwo(t *testing.T) {
+	for range 5 { // their order on the disk is chance
+		dir := t.TempDir()
+		s := open(t, dir, plenty)
+		for _, content := range []string{"old", "new"} {
+			mustMake(t, s, "blog", key(1), files{"a": content})
+			must(t, os.Rename(s.path("kept"), s.path("kept "+content)))
+			must(t, os.Mkdir(s.path("kept"), 0o700))
+			s = open(t, dir, plenty)
+		}
+		for _, content := range []string{"old", "new"} {
+			names := entries(t, s, "kept "+content)
+			must(t, os.Rename(s.path("kept "+content, names[0]), s.path("kept", names[0])))
+		}
+		s = open(t, dir, plenty)
+		c := mustFind(t, s, "blog", key(1))
+		if data, err := os.ReadFile(filepath.Join(c.Dir(), "a")); err != nil || string(data) != "new" {
+			t.Errorf("found the %s one, %v", data, err)
+		}
 	}
 }
 

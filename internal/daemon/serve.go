@@ -357,10 +357,23 @@ func (d *Daemon) doorConfig() dispatch.Config {
 	return c
 }
 
+// forgetSaved removes the saved processes of a deleted app, once what adopted
+// instances use of them is held.
+func (d *Daemon) forgetSaved(ctx context.Context, held <-chan struct{}, app fleet.AppName) {
+	select {
+	case <-held:
+	case <-ctx.Done():
+		return
+	}
+	if err := d.node.ForgetSaved(app); err != nil {
+		d.log.Warn("remove checkpoints", "app", app, "error", err)
+	}
+}
+
 // begin learns the apps, takes over the instances of an earlier daemon, and
 // starts what goes on in the background.
 func (d *Daemon) begin(ctx, background context.Context) error {
-	synced := make(chan struct{})
+	synced, held := make(chan struct{}), make(chan struct{})
 	d.work.Go(func() {
 		err := store.WatchApps(background, d.store, func(c store.AppChange) error {
 			switch {
@@ -368,9 +381,7 @@ func (d *Daemon) begin(ctx, background context.Context) error {
 				close(synced)
 			case c.Deleted:
 				d.control.RemoveApp(c.App.Name)
-				if err := d.node.ForgetSaved(c.App.Name); err != nil {
-					d.log.Warn("remove checkpoints", "app", c.App.Name, "error", err)
-				}
+				d.work.Go(func() { d.forgetSaved(background, held, c.App.Name) })
 			default:
 				d.control.SetApp(c.App, c.Revision)
 			}
@@ -396,6 +407,7 @@ func (d *Daemon) begin(ctx, background context.Context) error {
 	if _, err := d.checkpoints.Keep(func(app fleet.AppName, _ string) bool { _, ok := d.routes.get(app); return ok }); err != nil {
 		d.log.Warn("remove checkpoints that no app has", "error", err)
 	}
+	close(held)
 	d.control.Begin()
 	if len(adopted) > 0 {
 		d.log.Info("adopted the instances of an earlier daemon", "instances", len(adopted))

@@ -60,6 +60,10 @@ type Spec struct {
 	// and one is always kept frozen, within the node's capacity.standby; checkpoint:
 	// idle instances end, and starts restore; cold: none of it. Default auto.
 	Start StartPolicy `yaml:"start" json:"start"`
+	// Warm is a path that is asked once before the processes are saved, so that
+	// what the first request loads and compiles is saved, too. Default: none, they
+	// are saved as they begin to listen.
+	Warm string `yaml:"warm,omitempty" json:"warm,omitempty"`
 	// RestoredSignal is sent to the first process of an instance whose processes
 	// were restored, so that it can renew what must not be the same in two of them.
 	// Default: none.

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"strings"
@@ -129,9 +131,36 @@ func (n *Node) capture(ctx context.Context, c sandbox.Checkpointer, id fleet.Ins
 	want.Limits.CPUWeight = savingWeight
 	ctx, cancel := context.WithTimeoutCause(ctx, rev.Spec.Ready.Timeout.Std()+savingTime, errNotReady)
 	defer cancel()
-	return c.Checkpoint(ctx, want, sandbox.Capture{Port: rev.Spec.Port, Ready: func(ctx context.Context, a netip.Addr) error {
+	o := sandbox.Capture{Port: rev.Spec.Port, Ready: func(ctx context.Context, a netip.Addr) error {
 		return listens(ctx, addrPort(a, rev.Spec.Port).String())
-	}}, dir)
+	}}
+	if rev.Spec.Warm != "" {
+		o.Warm = func(ctx context.Context, a netip.Addr) error {
+			return warm(ctx, addrPort(a, rev.Spec.Port).String(), rev.Spec)
+		}
+	}
+	return c.Checkpoint(ctx, want, o, dir)
+}
+
+// warm asks an app's own path once.
+func warm(ctx context.Context, addr string, s fleet.Spec) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+s.Warm, nil)
+	if err != nil {
+		return err
+	}
+	req.Host, req.Close = firstHost(s), true
+	req.Header.Set("User-Agent", "fastcontainer-warm")
+	// Of its own, so that no connection is kept.
+	resp, err := (&http.Transport{DisableKeepAlives: true, Proxy: nil}).RoundTrip(req)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	_, err = io.Copy(io.Discard, io.LimitReader(resp.Body, 16<<20))
+	if err == nil && resp.StatusCode >= http.StatusInternalServerError {
+		err = &fleet.Error{Op: "warm", Subject: s.Warm, Kind: fleet.ErrInvalid, Err: fmt.Errorf("it answered %s", resp.Status), Hint: "look at warm in the app file and at the app's log"}
+	}
+	return err
 }
 
 const (

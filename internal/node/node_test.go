@@ -21,6 +21,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
 	"github.com/fastcontainer/fastcontainer/internal/image"
 	"github.com/fastcontainer/fastcontainer/internal/network"
@@ -348,11 +350,15 @@ func TestAdopt_ANewDaemonTakesOver(t *testing.T) {
 	before := i.Info()
 	b.close()
 	// One ends while no daemon runs.
-	p, err := os.FindProcess(dead.Info().PID)
+	pidfd, err := unix.PidfdOpen(dead.Info().PID, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := p.Kill(); err != nil {
+	defer func() { _ = unix.Close(pidfd) }()
+	if err := unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 10_000); err != nil { // until it has ended
 		t.Fatal(err)
 	}
 	// And a start was half done.
@@ -526,7 +532,7 @@ func TestArgs_AsOCISays(t *testing.T) {
 func TestEnvironment_TheUserWins(t *testing.T) {
 	s := fleet.Spec{Name: "app", Port: 80, Env: map[string]string{"A": "mine", "PATH": "/p"}}
 	got := environment(s, image.Config{Env: []string{"A=image", "B=image", "broken"}}, "app.x", "app@1")
-	want := []string{"PATH=/p", "A=mine", "B=image", "HOSTNAME=app", "PORT=80", "FASTCONTAINER_APP=app", "FASTCONTAINER_INSTANCE=app.x", "FASTCONTAINER_REVISION=app@1"}
+	want := []string{"PATH=/p", "A=mine", "B=image", "HOSTNAME=app", "PORT=80", "FASTCONTAINER_APP=app", "FASTCONTAINER_INSTANCE=app.x", "FASTCONTAINER_REVISION=app@1", "FASTCONTAINER_RESTORED=" + sandbox.RestoredFile}
 	if fmt.Sprint(got) != fmt.Sprint(want) {
 		t.Errorf("got %q, want %q", got, want)
 	}

@@ -15,14 +15,18 @@ import (
 	"time"
 
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
+	"github.com/fastcontainer/fastcontainer/internal/sandbox"
 )
 
 // errNotReady is the cause of a start that took longer than ready.timeout.
 var errNotReady = errors.New("not ready in time")
 
+var errNobodyListens = errors.New("nobody listens")
+
 // awaitReady waits until the instance's port accepts connections, and its HTTP
-// check answers if it has one. A refused connection costs some tens of
-// microseconds, so the first second is probed several times each millisecond;
+// check answers if it has one. To ask a sandbox who listens in it costs some
+// microseconds; where that is not possible a connection is tried, at the cost of some
+// tens of them. So the first second is probed several times each millisecond;
 // the pace falls as the start gets long, and when many start at once: what
 // they probe they take from each other.
 func (i *Instance) awaitReady(ctx context.Context) error {
@@ -34,7 +38,18 @@ func (i *Instance) awaitReady(ctx context.Context) error {
 	defer timer.Stop()
 	<-timer.C
 	var last error
+	asker, ask := i.box.(sandbox.Asker)
 	for {
+		if ask {
+			listens, err := asker.Listens(i.rev.Spec.Port)
+			if ask = err == nil; ask && !listens {
+				last = errNobodyListens
+				if err := i.pause(ctx, timer, began, last); err != nil {
+					return err
+				}
+				continue
+			}
+		}
 		// The kernel answers for a listening program, so no answer means that the
 		// packet was lost on an interface that is just coming up. TCP itself
 		// would wait a second before it sends another.
@@ -55,14 +70,22 @@ func (i *Instance) awaitReady(ctx context.Context) error {
 		if _, late := errors.AsType[net.Error](err); ctx.Err() == nil && (!late || last == nil) {
 			last = err
 		}
-		timer.Reset(pace(time.Since(began), i.node.probing.Load()))
-		select {
-		case <-i.box.Done():
-			return &fleet.Error{Op: "start", Subject: string(i.rev.App), Kind: fleet.ErrFailing, Err: exitError(i.box.Exit()), Hint: "its last lines are in this event; fastcontainer logs " + string(i.rev.App) + " shows more"}
-		case <-ctx.Done():
-			return i.explain(ctx, last)
-		case <-timer.C:
+		if err := i.pause(ctx, timer, began, last); err != nil {
+			return err
 		}
+	}
+}
+
+// pause waits for the next probe, or tells why there is none.
+func (i *Instance) pause(ctx context.Context, timer *time.Timer, began time.Time, last error) error {
+	timer.Reset(pace(time.Since(began), i.node.probing.Load()))
+	select {
+	case <-i.box.Done():
+		return &fleet.Error{Op: "start", Subject: string(i.rev.App), Kind: fleet.ErrFailing, Err: exitError(i.box.Exit()), Hint: "its last lines are in this event; fastcontainer logs " + string(i.rev.App) + " shows more"}
+	case <-ctx.Done():
+		return i.explain(ctx, last)
+	case <-timer.C:
+		return nil
 	}
 }
 

@@ -60,9 +60,12 @@ func (n *Native) Checkpoint(ctx context.Context, spec Spec, o Capture, dir strin
 	if err != nil {
 		return err
 	}
-	c.trap, err = setTrap(ctx, c.p.machine, o.Port)
+	if o.Warm == nil {
+		if c.trap, err = setTrap(ctx, c.p.machine, o.Port); err == nil {
+			defer c.trap.close()
+		}
+	}
 	if err == nil {
-		defer c.trap.close()
 		err = c.become(ctx, claimed)
 	}
 	if err != nil {
@@ -74,11 +77,9 @@ func (n *Native) Checkpoint(ctx context.Context, spec Spec, o Capture, dir strin
 	defer disk.close()
 	defer func() { err = errors.Join(err, c.Destroy(context.WithoutCancel(ctx))) }()
 
-	trapped, err := c.await(ctx, o)
-	if err != nil {
+	if err := c.await(ctx, o); err != nil {
 		return fmt.Errorf("save %s: %w", spec.ID, err)
 	}
-	_ = trapped
 	if err := c.dump(ctx, dir); err != nil {
 		return fmt.Errorf("save %s: %w", spec.ID, err)
 	}
@@ -89,35 +90,42 @@ func (n *Native) Checkpoint(ctx context.Context, spec Spec, o Capture, dir strin
 	return nil
 }
 
-// await returns when the container's program stands still in listen(2), and
-// true, or answers without.
-func (c *container) await(ctx context.Context, o Capture) (bool, error) {
+// await returns when the container's program stands still in listen(2), or
+// answers without, and is warm.
+func (c *container) await(ctx context.Context, o Capture) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	caught, ready := make(chan error, 1), make(chan error, 1)
-	c.n.background.Go(func() { caught <- c.trap.wait(ctx) })
+	if c.trap != nil {
+		c.n.background.Go(func() { caught <- c.trap.wait(ctx) })
+	}
 	if o.Ready != nil {
-		c.n.background.Go(func() { ready <- o.Ready(ctx, c.Address()) })
+		c.n.background.Go(func() {
+			err := o.Ready(ctx, c.Address())
+			if err == nil && o.Warm != nil {
+				err = o.Warm(ctx, c.Address())
+			}
+			ready <- err
+		})
 	}
 	select {
 	case err := <-caught:
-		return true, err
+		return err
 	case err := <-ready:
 		if err != nil {
-			return false, err
+			return err
 		}
-		// It answers the probe once it is let through, so it was not caught: unless
-		// the two happened at once.
+		// It answered, so it was not caught: unless the two happened at once.
 		select {
 		case err := <-caught:
-			return true, err
+			return err
 		case <-time.After(settle):
-			return false, nil
+			return nil
 		}
 	case <-c.done:
-		return false, fmt.Errorf("it ended before it listened: exit code %d", c.exit.Code)
+		return fmt.Errorf("it ended before it listened: exit code %d", c.exit.Code)
 	case <-ctx.Done():
-		return false, context.Cause(ctx)
+		return context.Cause(ctx)
 	}
 }
 
@@ -137,12 +145,17 @@ func (c *container) dump(ctx context.Context, dir string) error {
 	if err := c.order(ctx, images, about.Log); err != nil {
 		return err
 	}
-	filter, err := trapFilter()
-	if err != nil {
+	if err := criu.Share(images, 1); err != nil {
 		return err
 	}
-	if err := errors.Join(criu.Share(images, 1), criu.DropFilter(images, filter)); err != nil {
-		return err
+	if c.trap != nil {
+		filter, err := trapFilter()
+		if err == nil {
+			err = criu.DropFilter(images, filter)
+		}
+		if err != nil {
+			return err
+		}
 	}
 	if about.Ghosts, about.Links, err = criu.TakeGhosts(images, filepath.Join(dir, ghostsDir)); err != nil {
 		return err

@@ -28,6 +28,7 @@ type container struct {
 	timings Timings
 	started uint64 // start time of the first process, in clock ticks
 	trap    *trap  // stops it when it listens; nil: there is none
+	asking  sync.Mutex
 
 	done    chan struct{}
 	exit    Exit
@@ -58,10 +59,10 @@ func (o *outfit) close() {
 	}
 }
 
-// fit sets the limits and makes the root filesystem of the container's spec.
-func (c *container) fit() (_ *outfit, err error) {
+// fit sets limits and makes the root filesystem of the container's spec.
+func (c *container) fit(limits Limits) (_ *outfit, err error) {
 	p, spec := c.p, &c.spec
-	if err := c.Resize(spec.Limits); err != nil {
+	if err := c.Resize(limits); err != nil {
 		return nil, err
 	}
 	o := &outfit{tape: &tape{}}
@@ -116,7 +117,7 @@ func (c *container) fit() (_ *outfit, err error) {
 // root filesystem, identity and program.
 func (c *container) become(ctx context.Context, began time.Time) error {
 	p, spec := c.p, &c.spec
-	o, err := c.fit()
+	o, err := c.fit(spec.Limits)
 	if err != nil {
 		return err
 	}
@@ -393,6 +394,9 @@ func (c *container) Destroy(ctx context.Context) error {
 	c.destroy.Lock()
 	defer c.destroy.Unlock()
 	c.n.logs.forget(c.spec.Log)
+	c.asking.Lock()
+	c.p.mute()
+	c.asking.Unlock()
 	err := c.n.remove(ctx, c.p.name, c.p.group, c.p.link, c.p.uids, true, c.p.ended)
 	if err != nil {
 		return fmt.Errorf("destroy %s: %w", c.spec.ID, err)

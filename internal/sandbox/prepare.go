@@ -30,6 +30,7 @@ type prepared struct {
 	userns  *os.File
 	disk    *writable
 	garbage []int // descriptors to be closed once it runs
+	diag    int   // asks for its sockets, see Listens; 0: there is none
 	// bounding is the set of capabilities that its programs may have.
 	bounding uint64
 	// ended is closed when the first process has ended.
@@ -122,6 +123,11 @@ func (n *Native) prepare(ctx context.Context, userns bool, caps uint64) (_ *prep
 	if err := p.machine.play(ctx, n.furnishTape(caps)); err != nil {
 		return nil, err
 	}
+	if n.network != nil {
+		if err := p.askForSockets(ctx); err != nil {
+			return nil, err
+		}
+	}
 	return p, nil
 }
 
@@ -201,6 +207,14 @@ func (n *Native) spawn(ctx context.Context, from *machine, namespaces uint64, cg
 	return m, nil
 }
 
+// mute closes what it was asked by.
+func (p *prepared) mute() {
+	if p.diag > 0 {
+		_ = unix.Close(p.diag)
+		p.diag = 0
+	}
+}
+
 // letGo closes what a running container does not need. It does so in the
 // background: closing a mount waits until no processor of the host can still
 // be looking at it.
@@ -224,6 +238,7 @@ func (n *Native) letGo(p *prepared) {
 
 // discard removes a prepared sandbox that will not be used.
 func (n *Native) discard(p *prepared) error {
+	p.mute()
 	if p.machine != nil {
 		p.machine.close()
 	}

@@ -55,8 +55,11 @@ func (c *container) restore(ctx context.Context, began time.Time, dir string) er
 	if err != nil {
 		return err
 	}
-	// It starts while the root filesystem is made.
-	o, err := c.fit()
+	// It starts while the root filesystem is made. What it does is ours, so it has
+	// no limit of the processor.
+	limits := c.spec.Limits
+	limits.CPU = 0
+	o, err := c.fit(limits)
 	if err == nil {
 		defer o.close()
 		o.tape.done()
@@ -77,7 +80,7 @@ func (c *container) restore(ctx context.Context, began time.Time, dir string) er
 		case "setup-namespaces":
 			return c.remountProc(ctx, pid)
 		case "pre-resume":
-			return c.removeGhosts(about)
+			return errors.Join(c.Resize(c.spec.Limits), c.removeGhosts(about))
 		default:
 			return nil
 		}
@@ -163,7 +166,8 @@ func readSaved(dir string) (about saved, err error) {
 // held the sandbox ends.
 func (c *container) replace(pid int) error {
 	old := c.p
-	c.p = &prepared{name: old.name, machine: &machine{pid: pid}, group: old.group, link: old.link, uids: old.uids, bounding: old.bounding, ended: make(chan struct{})}
+	c.p = &prepared{name: old.name, machine: &machine{pid: pid}, group: old.group, link: old.link, uids: old.uids, bounding: old.bounding, diag: old.diag, ended: make(chan struct{})}
+	old.diag = 0
 	// It is our child and nobody has waited for it.
 	pidfd, err := unix.PidfdOpen(pid, 0)
 	if err != nil {

@@ -208,6 +208,13 @@ type Freezer interface {
 	Reclaim() error
 }
 
+// Asker is implemented by sandboxes that can be asked what listens in them.
+type Asker interface {
+	// Listens tells whether somebody would take a connection to their address. An
+	// error says that it cannot be asked, or not any more.
+	Listens(port int) (bool, error)
+}
+
 // Checkpointer is implemented by runtimes that can save the processes of a
 // container, and make containers from them.
 type Checkpointer interface {
@@ -231,6 +238,9 @@ type Capture struct {
 	// Ready returns nil when it answers there; then its processes are saved even if
 	// no listen(2) was seen.
 	Ready func(ctx context.Context, address netip.Addr) error
+	// Warm is called when it answers, and its processes are saved after that
+	// instead of as they begin to listen. nil: they are not warmed.
+	Warm func(ctx context.Context, address netip.Addr) error
 }
 
 // RestoredFile is where a restored program finds what is new about it, a JSON
