@@ -17,7 +17,7 @@ import (
 // heavyPackages of the root filesystem of Rails, WordPress, the JVM, and the
 // database of WordPress.
 const heavyPackages = "ruby-rails,puma,ruby-bootsnap,ruby-sqlite3," +
-	"wordpress,wordpress-theme-twentytwentythree,apache2,libapache2-mod-php,php-mysql,mariadb-server-core," +
+	"wordpress,wordpress-theme-twentytwentyone,apache2,libapache2-mod-php,php-mysql,mariadb-server-core," +
 	"openjdk-17-jre-headless,libjetty9-java"
 
 // heavyExcluded are files of packages that no app needs, after which come

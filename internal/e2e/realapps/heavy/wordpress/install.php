@@ -15,3 +15,4 @@ $_SERVER['HTTP_HOST'] = 'localhost';
 require '/usr/share/wordpress/wp-load.php';
 require ABSPATH . 'wp-admin/includes/upgrade.php';
 wp_install('hello wordpress', 'admin', 'admin@example.com', false, '', wp_generate_password());
+switch_theme('twentytwentyone');
