@@ -259,7 +259,11 @@ func TestCheckpoint_OfEveryShape(t *testing.T) {
 }
 
 func TestCheckpoint_AdoptedAndKilled(t *testing.T) {
-	n, spec := openForCheckpoints(t), serves(t)
+	n, err := Open(t.Context(), Config{Cgroup: checkpointGroup, CRIU: testCRIU, Pool: -1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	spec := serves(t)
 	dir := save(t, n, spec)
 	c, err := n.Restore(t.Context(), another(t, spec, "b"), dir)
 	if err != nil {
