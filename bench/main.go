@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/fastcontainer/fastcontainer/internal/e2e/realapps"
 )
 
 // bench is one run.
@@ -24,12 +26,13 @@ type bench struct {
 	dir   string
 	root  string // root filesystem with the static server
 	quick bool
-	nodes int          // that were started
-	out   bytes.Buffer // the document
+	nodes int            // that were started
+	site  []realapps.App // the light ones, once they were made
+	out   bytes.Buffer   // the document
 }
 
 func main() {
-	only := flag.String("only", "", "one of cold, rate, warm, apps, instances; or names of experiments, with commas")
+	only := flag.String("only", "", "one of cold, rate, kinds, warm, apps, instances; kinds-starts, kinds-siblings, kinds-runc and kinds-thousand are parts of kinds; or names of experiments, with commas")
 	trials := flag.Bool("experiments", false, "make the experiments")
 	quick := flag.Bool("quick", false, "fewer rounds: for trying it out, not for the document")
 	file := flag.String("out", "docs/benchmarks.md", "document to write; not written with -only or -quick")
@@ -97,8 +100,12 @@ func (b *bench) run(only string, trials bool) error {
 	for _, part := range []struct {
 		name string
 		f    func() error
-	}{{"cold", b.cold}, {"rate", b.rate}, {"warm", b.warm}, {"apps", b.apps}, {"instances", b.instances}} {
-		if only != "" && only != part.name {
+	}{
+		{"cold", b.cold}, {"rate", b.rate},
+		{"kinds-starts", b.kinds}, {"kinds-siblings", b.siblings}, {"kinds-runc", b.besideRunc}, {"kinds-thousand", b.thousand},
+		{"warm", b.warm}, {"apps", b.apps}, {"instances", b.instances},
+	} {
+		if group, _, _ := strings.Cut(part.name, "-"); only != "" && only != part.name && only != group {
 			continue
 		}
 		began := time.Now()
@@ -140,7 +147,7 @@ func (b *bench) head() {
 	for _, r := range [][2]string{
 		{"run", time.Now().UTC().Format("2006-01-02 15:04") + " UTC"}, {"fastcontainer", strings.Join(strings.Fields(strings.TrimPrefix(command("bin/fastcontainer", "version"), "client")), " ")},
 		{"machine", fmt.Sprintf("%s cores of%s, %d GiB, Linux %s, cgroup %s", command("nproc"), cpu, uint64(info.Totalram)*uint64(info.Unit)>>30, unix.ByteSliceToString(u.Release[:]), groups)}, //nolint:unconvert // differs by architecture
-		{"crun", command("crun", "--version")}, {"runc", command("runc", "--version")}, {"nginx", command("sh", "-c", "nginx -v 2>&1")}, {"Caddy", command("caddy", "version")},
+		{"crun", command("crun", "--version")}, {"runc", command("runc", "--version")}, {"CRIU", strings.TrimPrefix(command(criuProgram, "--version"), "Version: ")}, {"nginx", command("sh", "-c", "nginx -v 2>&1")}, {"Caddy", command("caddy", "version")},
 	} {
 		b.say("| %s | %s |", r[0], r[1])
 	}

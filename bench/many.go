@@ -109,20 +109,9 @@ func (b *bench) apps() error {
 	if err != nil {
 		return err
 	}
-	var few, many flow
-	for range 4 { // in turn: the machine's own pace drifts
-		for _, who := range []struct {
-			n    *node
-			best *flow
-		}{{other, &few}, {n, &many}} {
-			f, err := b.wrk(who.n.http, "warm.localhost", 32, span)
-			if err != nil {
-				return err
-			}
-			if f.rate > who.best.rate {
-				*who.best = f
-			}
-		}
+	few, many, err := b.paces(other, n, span)
+	if err != nil {
+		return err
 	}
 	// One of the last is asked for the first time.
 	woken, err := get(n.http, fmt.Sprintf("app-%d.localhost", all-1))
@@ -144,6 +133,26 @@ func (b *bench) apps() error {
 	b.say("\nAimed at: ≤ 4 KiB for a sleeping app (%s), p95 ≤ 100 ms (%s), warm within 5 %% (%s).\n", verdict(per <= 4), verdict(took.at(.95) <= 100*time.Millisecond), verdict(many.rate >= .95*few.rate))
 	b.say("etcd keeps the app, its revision and an index of both in this process; an external etcd (`--etcd`) would take that share away.\n")
 	return nil
+}
+
+// paces are the best of 4 loads of the warm app of each of two daemons, in turn:
+// the machine's own pace drifts.
+func (b *bench) paces(one, other *node, span time.Duration) (first, second flow, err error) {
+	for range 4 {
+		for _, who := range []struct {
+			n    *node
+			best *flow
+		}{{one, &first}, {other, &second}} {
+			f, err := b.wrk(who.n.http, "warm.localhost", 32, span)
+			if err != nil {
+				return first, second, err
+			}
+			if f.rate > who.best.rate {
+				*who.best = f
+			}
+		}
+	}
+	return first, second, nil
 }
 
 // kernel is the memory in KiB that the kernel holds for itself, and taken what

@@ -120,9 +120,16 @@ func (n *node) deploy(ctx context.Context, name string, change func(*fleet.Spec)
 	return err
 }
 
-// get asks an app over a connection of its own, and tells how long it took
-// from before the connection to the last byte.
-func get(addr, host string) (time.Duration, error) {
+// hello is the page of the static server.
+const hello = "hello\n"
+
+// get asks an app of the static server.
+func get(addr, host string) (time.Duration, error) { return ask(addr, host, hello) }
+
+// ask asks an app for its page over a connection of its own, and tells how long
+// it took from before the connection to the last byte. want is the page, or a
+// part of it.
+func ask(addr, host, want string) (time.Duration, error) {
 	began := time.Now()
 	c, err := net.DialTimeout("tcp", addr, time.Second)
 	if err != nil {
@@ -139,19 +146,20 @@ func get(addr, host string) (time.Duration, error) {
 	}
 	defer func() { _ = resp.Body.Close() }()
 	body, err := io.ReadAll(resp.Body)
+	took := time.Since(began)
 	if err != nil {
 		return 0, err
 	}
-	if resp.StatusCode != http.StatusOK || string(body) != "hello\n" {
-		return 0, fmt.Errorf("%s: %q", resp.Status, body)
+	if resp.StatusCode != http.StatusOK || !strings.Contains(string(body), want) {
+		return 0, fmt.Errorf("%s: %.200q", resp.Status, body)
 	}
-	return time.Since(began), nil
+	return took, nil
 }
 
 // answer asks until there is an answer, as a probe does.
-func answer(addr string) error {
+func answer(addr, want string) error {
 	for deadline := time.Now().Add(10 * time.Second); ; {
-		_, err := get(addr, "localhost")
+		_, err := ask(addr, "localhost", want)
 		if err == nil {
 			return nil
 		}

@@ -153,7 +153,6 @@ func (c *cli) printApp(d api.AppDetail) error {
 	return nil
 }
 
-
 // change is a command that does one thing to one app.
 func (c *cli) change(use, about, done string, f func(cmd *cobra.Command, client *api.Client, app fleet.AppName) error) *cobra.Command {
 	return &cobra.Command{
