@@ -96,14 +96,15 @@ func (c *container) await(ctx context.Context, o Capture) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	caught, ready := make(chan error, 1), make(chan error, 1)
+	address := c.Address() // whoever asks may do so longer than the container lives
 	if c.trap != nil {
 		c.n.background.Go(func() { caught <- c.trap.wait(ctx) })
 	}
 	if o.Ready != nil {
 		c.n.background.Go(func() {
-			err := o.Ready(ctx, c.Address())
+			err := o.Ready(ctx, address)
 			if err == nil && o.Warm != nil {
-				err = o.Warm(ctx, c.Address())
+				err = o.Warm(ctx, address)
 			}
 			ready <- err
 		})
