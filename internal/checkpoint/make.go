@@ -49,6 +49,12 @@ func (s *Store) Make(ctx context.Context, app fleet.AppName, key string, fill fu
 		}
 	}()
 	if err := s.fill(ctx, e, tmp, fill); err != nil {
+		s.mu.Lock()
+		void := m.void
+		s.mu.Unlock()
+		if void != nil { // nobody wants it any more, and that may be why it failed
+			return void
+		}
 		return fmt.Errorf("make checkpoint of %s: %w", app, err)
 	}
 	return s.place(m, e, tmp)

@@ -186,9 +186,13 @@ func (a *App) save() {
 	}
 }
 
-// savePolicy of an app. Processes that are to be saved run beside those that
-// serve: an app that never has two instances and writes to a volume may not bear
-// that, so it must ask for it.
+// savePolicy of an app. Siblings from one image begin with the same memory, and so
+// with the same state of random generators that live in it: OpenSSL's, and with it
+// all that Node.js calls cryptographic. Nobody gets that who has not said that
+// it is taken care of, by start: checkpoint or by naming a signal.
+//
+// Processes that are to be saved run beside those that serve: an app that never
+// has two instances and writes to a volume may not bear that, so it must ask for it.
 func savePolicy(s fleet.Spec) homeostat.SavePolicy {
 	switch s.Start {
 	case fleet.StartCheckpoint:
@@ -196,6 +200,9 @@ func savePolicy(s fleet.Spec) homeostat.SavePolicy {
 	case fleet.StartCold:
 		return homeostat.SaveNever
 	case fleet.StartAuto, fleet.StartStandby:
+	}
+	if s.RestoredSignal == "" {
+		return homeostat.SaveNever
 	}
 	if s.Scale.Max == 1 {
 		for _, v := range s.Volumes {

@@ -125,8 +125,9 @@ func TestTiers_ANewRevisionIsTriedAgain(t *testing.T) {
 
 func TestTiers_WhoIsNotSaved(t *testing.T) {
 	for name, change := range map[string]func(*fleet.Spec, *fakeNode){
-		"who does not want it": func(s *fleet.Spec, _ *fakeNode) { s.Start = fleet.StartCold },
-		"who starts quickly":   func(_ *fleet.Spec, n *fakeNode) { n.took = 10 * time.Millisecond },
+		"who does not want it":                             func(s *fleet.Spec, _ *fakeNode) { s.Start = fleet.StartCold },
+		"who has not said that it renews what must differ": func(s *fleet.Spec, _ *fakeNode) { s.RestoredSignal = "" },
+		"who starts quickly":                               func(_ *fleet.Spec, n *fakeNode) { n.took = 10 * time.Millisecond },
 		"who is alone and writes to a volume": func(s *fleet.Spec, _ *fakeNode) {
 			s.Scale.Max, s.Volumes = 1, []fleet.Volume{{Name: "data", Mount: "/data"}}
 		},

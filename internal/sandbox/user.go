@@ -20,14 +20,21 @@ type root int
 
 // open opens a path inside the root.
 func (r root) open(name string, flags int) (*os.File, error) {
-	fd, err := unix.Openat2(int(r), "."+path.Clean("/"+name), &unix.OpenHow{
+	how := unix.OpenHow{
 		Flags:   uint64(flags | unix.O_CLOEXEC), //nolint:gosec // open flags
 		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
-	})
-	if err != nil {
-		return nil, &os.PathError{Op: "open", Path: name, Err: err}
 	}
-	return os.NewFile(uintptr(fd), name), nil
+	for try := 1; ; try++ {
+		fd, err := unix.Openat2(int(r), "."+path.Clean("/"+name), &how)
+		switch {
+		case err == nil:
+			return os.NewFile(uintptr(fd), name), nil
+		case try < 100 && (errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR)):
+			continue // a rename or a mount elsewhere on the host disturbed the walk
+		default:
+			return nil, &os.PathError{Op: "open", Path: name, Err: err}
+		}
+	}
 }
 
 // readBounded opens a regular file of the root, at most a mebibyte of which is

@@ -663,7 +663,11 @@ func write(path, value string) error {
 		return &fs.PathError{Op: "open", Path: path, Err: err}
 	}
 	defer func() { _ = unix.Close(fd) }()
-	if _, err := unix.Write(fd, []byte(value)); err != nil {
+	_, err = unix.Write(fd, []byte(value))
+	for errors.Is(err, unix.EINTR) { // v1 gives up reclaiming for any signal, the Go runtime's too
+		_, err = unix.Write(fd, []byte(value))
+	}
+	if err != nil {
 		return &fs.PathError{Op: "write " + value + " to", Path: path, Err: err}
 	}
 	return nil

@@ -67,7 +67,7 @@ func Order(ctx context.Context, conn *net.UnixConn, opts *rpc.CriuOpts, kind rpc
 				return nil, err
 			}
 		case !resp.GetSuccess():
-			return nil, errors.New("CRIU failed" + because(log()))
+			return nil, failed(log())
 		default:
 			return resp, nil
 		}
@@ -83,6 +83,15 @@ func send(conn *net.UnixConn, req *rpc.CriuReq) error {
 		return fmt.Errorf("order CRIU: %w", err)
 	}
 	return nil
+}
+
+// failed is the error of an order that CRIU could not fulfill. A full disk is
+// told apart: it says nothing about the processes.
+func failed(log string) error {
+	if strings.Contains(log, "No space left on device") {
+		return fmt.Errorf("CRIU failed%s: %w", because(log), unix.ENOSPC)
+	}
+	return errors.New("CRIU failed" + because(log))
 }
 
 // because finds what went wrong first in CRIU's log.
