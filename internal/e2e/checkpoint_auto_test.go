@@ -183,9 +183,9 @@ func (d *daemon) of(detail api.AppDetail, kind fleet.StartKind) api.Start {
 func TestCheckpoint_SlowAppsAreRestored(t *testing.T) {
 	d := newSaver(t)
 	img := sluggish(t)
-	d.deployFile("quick", img, "")
+	d.deployFile("quick", img, "restored_signal: USR2\n")
 	d.deployFile("anew", img, "start: cold\nenv: {BOOT: 300ms}\n")
-	d.deployFile("slow", img, "env: {BOOT: 300ms}\n")
+	d.deployFile("slow", img, "restored_signal: USR2\nenv: {BOOT: 300ms}\n")
 	d.expect("quick.localhost", "/restored", "none")
 	d.expect("anew.localhost", "/restored", "unnamed")
 	d.expect("slow.localhost", "/restored", "none")
@@ -264,7 +264,7 @@ func TestCheckpoint_RestoredOnesAreTold(t *testing.T) {
 // A standby that is always wanted is filled by a restored start.
 func TestCheckpoint_FillsStandbys(t *testing.T) {
 	d := newSaver(t)
-	d.deployFile("shop", sluggish(t), "start: standby\nidle: 200ms\nlifetime: 3s\nenv: {BOOT: 300ms}\n")
+	d.deployFile("shop", sluggish(t), "start: standby\nrestored_signal: USR2\nidle: 200ms\nlifetime: 3s\nenv: {BOOT: 300ms}\n")
 	d.isStandby("shop")
 	d.started("shop", fleet.ColdStart)
 	d.saved("shop")

@@ -133,7 +133,6 @@ func TestCheckpoint_DamagedImageIsAColdStart(t *testing.T) {
 // A full disk is no fault of the app: it starts cold, nothing is left of the
 // try, and it may be saved when there is room.
 func TestCheckpoint_DiskIsFull(t *testing.T) {
-	t.Skip("known fault: a disk that CRIU finds full counts as a checkpoint that cannot be made")
 	d := newSaver(t)
 	d.stop()
 	disk := filepath.Join(d.dir, "data/checkpoints")
@@ -204,7 +203,6 @@ func TestCheckpoint_WithoutCRIU(t *testing.T) {
 // A deleted app's memory is gone from the disk, except for what one of its
 // instances still stands on, and that goes with it.
 func TestCheckpoint_GoesWithItsApp(t *testing.T) {
-	t.Skip("known fault: something of a deleted app is left below DATA/checkpoints")
 	d := newSaver(t)
 	d.deployFile("app", sluggish(t), "start: checkpoint\nenv: {LINGER: 2s}\n")
 	d.expect("app.localhost", "/", "hello")

@@ -120,7 +120,7 @@ func TestCheckpoint_DaemonKilledWhileItRestores(t *testing.T) {
 func TestCheckpoint_RestoredOnesAreAdopted(t *testing.T) {
 	d := newSaver(t)
 	// What is idle is always frozen then, and never ended.
-	d.deployFile("app", sluggish(t), "start: standby\nidle: 30ms\nenv: {BOOT: 300ms}\n")
+	d.deployFile("app", sluggish(t), "start: standby\nrestored_signal: USR2\nidle: 30ms\nenv: {BOOT: 300ms}\n")
 	d.isStandby("app")
 	d.saved("app")
 	d.must("stop", "app")

@@ -173,9 +173,6 @@ func TestCheckpoint_RealApps(t *testing.T) {
 	image := map[string]string{"rails": heavy, "jvm": heavy, "wordpress": heavy}
 	for _, a := range append(apps, realapps.Rails(), realapps.JVM(), realapps.WordPress(db)) {
 		t.Run(a.Name, func(t *testing.T) {
-			if a.Name == "php" {
-				t.Skip("known fault: one of ten siblings was a cold start")
-			}
 			d, name := d.in(t), fleet.AppName(a.Name)
 			s := appfile.Default(a.Name)
 			s.Image, s.Port, s.Command, s.Volumes, s.Start = "tar:"+light, 8080, a.Command, a.Volumes, fleet.StartCheckpoint

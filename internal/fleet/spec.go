@@ -55,8 +55,8 @@ type Spec struct {
 	Priority int `yaml:"priority" json:"priority"`
 	// Start prefers a kind of start. auto: the quickest of those that were
 	// measured: an idle instance is frozen instead of retired where a thaw saves
-	// time and somebody may come, and processes that are slow to start are saved as
-	// they listen and restored from then on (docs/checkpoint.md); standby: the same,
+	// time and somebody may come, and, with restored_signal, processes that are slow
+	// to start are saved as they listen and restored from then on (docs/checkpoint.md); standby: the same,
 	// and one is always kept frozen, within the node's capacity.standby; checkpoint:
 	// idle instances end, and starts restore; cold: none of it. Default auto.
 	Start StartPolicy `yaml:"start" json:"start"`
