@@ -7,6 +7,7 @@
 package sandboxtest
 
 import (
+	"errors"
 	"bytes"
 	"context"
 	"fmt"
@@ -277,6 +278,9 @@ func hostState(t *testing.T, group string) []string {
 		}
 	}
 	links, err := netlink.LinkList()
+	for errors.Is(err, netlink.ErrDumpInterrupted) { // one came or went meanwhile
+		links, err = netlink.LinkList()
+	}
 	must(t, err)
 	for _, l := range links {
 		if l.Attrs().Group == linkGroup { // others come and go on a host
