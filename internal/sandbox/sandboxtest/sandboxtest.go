@@ -7,9 +7,9 @@
 package sandboxtest
 
 import (
-	"errors"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
