@@ -25,7 +25,6 @@ func cellar(t *testing.T, budget int64, test func(t *testing.T, k *Control, n *f
 
 func standbySpec(name string, policy fleet.StartPolicy) fleet.Spec {
 	s := testSpec(name)
-	s.RestoredSignal = "USR2"
 	s.Start, s.Lifetime, s.Idle = policy, fleet.Duration(time.Hour), fleet.Duration(time.Minute)
 	return s
 }

@@ -8,6 +8,13 @@ import (
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
 )
 
+// savedSpec is an app that renews what must differ in siblings.
+func savedSpec(name string, policy fleet.StartPolicy) fleet.Spec {
+	s := standbySpec(name, policy)
+	s.RestoredSignal = "USR2"
+	return s
+}
+
 // saving runs a test with a node that can save processes.
 func saving(t *testing.T, test func(t *testing.T, k *Control, n *fakeNode)) {
 	t.Helper()
@@ -42,7 +49,7 @@ func (n *fakeNode) wishes() int {
 
 func TestTiers_ASlowStartIsSavedAndRestored(t *testing.T) {
 	saving(t, func(t *testing.T, k *Control, n *fakeNode) {
-		a := deploy(k, standbySpec("shop", fleet.StartAuto), 1)
+		a := deploy(k, savedSpec("shop", fleet.StartAuto), 1)
 		for i, want := range []time.Duration{time.Second, 30 * time.Millisecond, 30 * time.Millisecond} {
 			if d := wakes(t, a); d != want {
 				t.Errorf("visit %d waited %v, want %v", i, d, want)
@@ -63,7 +70,7 @@ func TestTiers_ASlowStartIsSavedAndRestored(t *testing.T) {
 
 func TestTiers_TheRequestComesFirst(t *testing.T) {
 	saving(t, func(t *testing.T, k *Control, n *fakeNode) {
-		a := deploy(k, standbySpec("shop", fleet.StartAuto), 1)
+		a := deploy(k, savedSpec("shop", fleet.StartAuto), 1)
 		visit(t, a)
 		synctest.Wait()
 		if n.wishes() != 0 {
@@ -80,7 +87,7 @@ func TestTiers_TheRequestComesFirst(t *testing.T) {
 func TestTiers_OneIsMadeAtATime(t *testing.T) {
 	saving(t, func(t *testing.T, k *Control, n *fakeNode) {
 		n.saving = time.Hour
-		a := deploy(k, standbySpec("shop", fleet.StartAuto), 1)
+		a := deploy(k, savedSpec("shop", fleet.StartAuto), 1)
 		for range 3 {
 			wakes(t, a)
 		}
@@ -93,7 +100,7 @@ func TestTiers_OneIsMadeAtATime(t *testing.T) {
 func TestTiers_ASlowRestoreIsGivenUp(t *testing.T) {
 	saving(t, func(t *testing.T, k *Control, n *fakeNode) {
 		n.restoring = 3 * time.Second
-		a := deploy(k, standbySpec("shop", fleet.StartAuto), 1)
+		a := deploy(k, savedSpec("shop", fleet.StartAuto), 1)
 		var got []time.Duration
 		for range 6 {
 			got = append(got, wakes(t, a))
@@ -106,7 +113,7 @@ func TestTiers_ASlowRestoreIsGivenUp(t *testing.T) {
 
 func TestTiers_ANewRevisionIsTriedAgain(t *testing.T) {
 	saving(t, func(t *testing.T, k *Control, n *fakeNode) {
-		spec := standbySpec("shop", fleet.StartAuto)
+		spec := savedSpec("shop", fleet.StartAuto)
 		a := deploy(k, spec, 1)
 		wakes(t, a)
 		wakes(t, a)
@@ -134,7 +141,7 @@ func TestTiers_WhoIsNotSaved(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			saving(t, func(t *testing.T, k *Control, n *fakeNode) {
-				spec := standbySpec("shop", fleet.StartAuto)
+				spec := savedSpec("shop", fleet.StartAuto)
 				change(&spec, n)
 				a := deploy(k, spec, 1)
 				wakes(t, a)
