@@ -17,8 +17,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/vishvananda/netlink"
-
 	"github.com/fastcontainer/fastcontainer/internal/api"
 	"github.com/fastcontainer/fastcontainer/internal/appfile"
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
@@ -95,10 +93,8 @@ func (n *node) end() {
 	}
 	_ = n.cmd.Process.Signal(syscall.SIGTERM)
 	_ = n.cmd.Wait()
-	if l, err := netlink.LinkByName(n.name); err == nil {
-		_ = netlink.LinkDel(l)
-	}
-	for _, family := range []string{"ip", "bridge", "inet"} {
+	_ = exec.Command("ip", "netns", "delete", "fastcontainer-"+n.name).Run() //nolint:gosec,noctx // ours
+	for _, family := range []string{"ip", "inet"} {
 		_ = exec.Command("nft", "delete", "table", family, "fastcontainer-"+n.name).Run() //nolint:gosec,noctx // ours
 	}
 	groups, _ := filepath.Glob("/sys/fs/cgroup/*/" + n.name)

@@ -26,7 +26,8 @@ finish() {
 		"$fc" delete hello >/dev/null 2>&1 || true
 		kill "$daemon" && wait "$daemon" 2>/dev/null || true
 	fi
-	ip link delete fcdemo 2>/dev/null || true
+	ip netns delete fastcontainer-fcdemo 2>/dev/null || true
+	for family in ip inet; do nft delete table $family fastcontainer-fcdemo 2>/dev/null || true; done
 	rm -rf "$dir" examples/hello/rootfs
 }
 trap finish EXIT

@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
-	"github.com/vishvananda/netlink"
 )
 
 func TestMain(m *testing.M) {
@@ -61,9 +60,11 @@ func await(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// unplug removes a bridge that a daemon left for the next one.
+// unplug removes the network that a daemon left for the next one.
 func unplug(ts *testscript.TestScript, _ bool, args []string) {
-	if l, err := netlink.LinkByName(args[0]); err == nil {
-		ts.Check(netlink.LinkDel(l))
+	name := "fastcontainer-" + args[0]
+	ts.Check(ts.Exec("ip", "netns", "delete", name)) // the host's interface goes with it
+	for _, family := range []string{"ip", "inet"} {
+		ts.Check(ts.Exec("nft", "delete", "table", family, name))
 	}
 }

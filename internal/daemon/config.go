@@ -154,7 +154,7 @@ type EtcdConfig struct {
 // NetworkConfig is how containers are connected. Two daemons on one machine
 // need two bridges, subnets, cgroups and ranges of user ids.
 type NetworkConfig struct {
-	// Bridge is the name of the interface, at most 15 characters. Default fc0.
+	// Bridge is the name of the interface to them, at most 15 characters. Default fc0.
 	Bridge string `yaml:"bridge"`
 	// Subnet is the IPv4 prefix of the containers' addresses, /8 to /28. Default 10.89.0.0/16.
 	Subnet string `yaml:"subnet"`

@@ -151,7 +151,7 @@ func seccomp() Finding {
 }
 
 func nft() Finding {
-	f := Finding{Name: "nftables", Needed: true, Hint: "modprobe nf_tables nft_masq nft_ct, as root"}
+	f := Finding{Name: "nftables", Needed: true, Hint: "modprobe nf_tables nft_nat nft_chain_nat nft_ct, as root"}
 	c, err := nftables.New()
 	if err == nil {
 		_, err = c.ListTables()

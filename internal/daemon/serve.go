@@ -58,6 +58,7 @@ type Daemon struct {
 	images      *image.Store
 	checkpoints *checkpoint.Store
 	runtimes    map[fleet.Runtime]sandbox.Runtime
+	network     *network.Network
 	node        *node.Node
 	control     *control.Control
 	door        *dispatch.Server
@@ -232,6 +233,7 @@ func (d *Daemon) open(ctx context.Context) error {
 		Logger: d.log, Events: d.events.Append, Registerer: d.metrics,
 		Gone:    func(i *node.Instance) { d.control.Gone(i.Info().ID) },
 		Pressed: func(i *node.Instance) { d.control.Pressed(i.Info().ID) },
+		Control: d.network.Control,
 		CPU:     c.Capacity.cores(), Memory: c.Capacity.bytes(), Used: d.usedMemory,
 	})
 	if err != nil {
@@ -291,6 +293,7 @@ func (d *Daemon) openRuntimes(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	d.network = n
 	d.ends = append(d.ends, n.Close)
 	w := newWires(n)
 	program := c.Checkpoint.CRIU
@@ -347,6 +350,7 @@ func (d *Daemon) doorConfig() dispatch.Config {
 	for _, cert := range d.cfg.TLS.Certificates {
 		c.Certificates = append(c.Certificates, dispatch.Certificate{CertFile: cert.Cert, KeyFile: cert.Key})
 	}
+	c.Control = d.network.Control
 	c.MaxBody = int64(d.cfg.Door.MaxBody)
 	c.MaxConns, c.MaxConnsPerIP = d.cfg.Door.MaxConns, d.cfg.Door.MaxConnsPerIP
 	c.ResponseTimeout = d.cfg.Door.ResponseTimeout.Std()

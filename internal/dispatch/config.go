@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"syscall"
 	"time"
 )
 
@@ -50,6 +51,8 @@ type Config struct {
 	// WriteTimeout: longest time for a client to take one piece of a response
 	// (32 KiB at most).
 	WriteTimeout time.Duration
+	// Control, if any, is that of the net.Dialer for connections to instances.
+	Control func(network, address string, c syscall.RawConn) error
 	// ConnectTimeout of a connection to an instance.
 	ConnectTimeout time.Duration
 	// ResponseTimeout: from the end of a forwarded request (or the last part

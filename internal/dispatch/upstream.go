@@ -23,7 +23,7 @@ func NewAttach(cfg Config) Attach {
 		return &instance{
 			id: id, addr: addr.String(),
 			maxIdle: cfg.MaxIdlePerInstance, idleFor: cfg.InstanceIdleTimeout, maxHeader: cfg.MaxHeaderBytes,
-			dialer: net.Dialer{Timeout: cfg.ConnectTimeout, KeepAlive: 30 * time.Second},
+			dialer: net.Dialer{Timeout: cfg.ConnectTimeout, KeepAlive: 30 * time.Second, Control: cfg.Control},
 			live:   map[*instanceConn]struct{}{},
 		}
 	}

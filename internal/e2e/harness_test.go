@@ -18,6 +18,8 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 
 	"github.com/fastcontainer/fastcontainer/internal/api"
 	"github.com/fastcontainer/fastcontainer/internal/events"
@@ -172,11 +174,9 @@ func (d *daemon) end() {
 	if left := d.leftovers(); len(left) > 0 {
 		d.t.Errorf("left on the host: %q", left)
 	}
-	if l, err := netlink.LinkByName(d.name); err == nil {
-		_ = netlink.LinkDel(l)
-	}
+	_ = unix.Unmount(d.fabric(), unix.MNT_DETACH) // the host's interface goes with it
+	_ = os.Remove(d.fabric())
 	_ = exec.Command("nft", "delete", "table", "ip", "fastcontainer-"+d.name).Run()
-	_ = exec.Command("nft", "delete", "table", "bridge", "fastcontainer-"+d.name).Run()
 	_ = exec.Command("nft", "delete", "table", "inet", "fastcontainer-"+d.name).Run()
 	for _, g := range cgroups(d.name) {
 		_ = os.Remove(g)
@@ -194,18 +194,44 @@ func cgroups(name string) []string {
 	return found
 }
 
+// fabric is the file of the network namespace that the containers' ports are in.
+func (d *daemon) fabric() string { return "/run/netns/fastcontainer-" + d.name }
+
+// ports are the links there that lead to containers.
+func (d *daemon) ports() []string {
+	d.t.Helper()
+	ns, err := netns.GetFromPath(d.fabric())
+	if err != nil {
+		return nil // it never began
+	}
+	defer func() { _ = ns.Close() }()
+	kernel, err := netlink.NewHandleAt(ns)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	defer kernel.Close()
+	links, err := kernel.LinkList()
+	for errors.Is(err, netlink.ErrDumpInterrupted) { // one came or went meanwhile
+		links, err = kernel.LinkList()
+	}
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	var names []string
+	for _, l := range links {
+		if l.Type() == "veth" && l.Attrs().Name != "uplink" {
+			names = append(names, l.Attrs().Name)
+		}
+	}
+	return names
+}
+
 // leftovers are the links, cgroups and mounts that belong to the daemon's
 // containers.
 func (d *daemon) leftovers() []string {
 	var left []string
-	bridge, err := netlink.LinkByName(d.name)
-	if err == nil {
-		links, _ := netlink.LinkList()
-		for _, l := range links {
-			if l.Attrs().MasterIndex == bridge.Attrs().Index {
-				left = append(left, "link "+l.Attrs().Name)
-			}
-		}
+	for _, name := range d.ports() {
+		left = append(left, "link "+name)
 	}
 	for _, g := range cgroups(d.name) {
 		entries, _ := os.ReadDir(g)

@@ -80,6 +80,11 @@ func TestFrames_OfOwnMaking(t *testing.T) {
 	atHost, atVictim := w.listen(w.host, "udp4", "0.0.0.0:7000"), w.listen(b.ns, "udp4", "0.0.0.0:7000")
 	// The kernel's filter against forged senders would hide what is missing.
 	w.in(w.host, func() error { return sysctl("ipv4/conf/all/rp_filter", "0") })
+	blind := func() {
+		w.in(int(w.net.fabric.ns.Fd()), func() error {
+			return errors.Join(sysctl("ipv4/conf/all/rp_filter", "0"), sysctl("ipv4/conf/"+a.lease.Veth+"/rp_filter", "0"))
+		})
+	}
 	for what, tt := range map[string]struct {
 		dst  net.HardwareAddr
 		src  net.HardwareAddr
@@ -89,9 +94,9 @@ func TestFrames_OfOwnMaking(t *testing.T) {
 		lone bool // nothing stops it but one table
 	}{
 		"to the host":                        {dst: hardwareAddr(w.net.gateway), src: own, from: a.lease.Address, to: host, hear: atHost, lone: true},
-		"around the bridge":                  {dst: net.HardwareAddr{1, 0x80, 0xc2, 0, 0, 0x0e}, src: own, from: a.lease.Address, to: host, hear: atHost, lone: true},
-		"around the bridge, another sender":  {dst: net.HardwareAddr{1, 0x80, 0xc2, 0, 0, 3}, src: hardwareAddr(victim), from: victim, to: host, hear: atHost, lone: true},
-		"to all":                             {dst: net.HardwareAddr{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}, src: own, from: a.lease.Address, to: netip.MustParseAddr("255.255.255.255"), hear: atHost, lone: true},
+		"around the bridge":                  {dst: net.HardwareAddr{1, 0x80, 0xc2, 0, 0, 0x0e}, src: own, from: a.lease.Address, to: host, hear: atHost},
+		"around the bridge, another sender":  {dst: net.HardwareAddr{1, 0x80, 0xc2, 0, 0, 3}, src: hardwareAddr(victim), from: victim, to: host, hear: atHost},
+		"to all":                             {dst: net.HardwareAddr{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}, src: own, from: a.lease.Address, to: netip.MustParseAddr("255.255.255.255"), hear: atHost},
 		"to the neighbour":                   {dst: hardwareAddr(victim), src: own, from: a.lease.Address, to: victim, hear: atVictim},
 		"to the neighbour, by the host":      {dst: hardwareAddr(w.net.gateway), src: own, from: a.lease.Address, to: victim, hear: atVictim, lone: true},
 		"to all neighbours":                  {dst: net.HardwareAddr{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}, src: own, from: a.lease.Address, to: victim, hear: atVictim},
@@ -99,6 +104,7 @@ func TestFrames_OfOwnMaking(t *testing.T) {
 		"to the neighbour, as the neighbour": {dst: hardwareAddr(w.net.gateway), src: own, from: victim, to: victim, hear: atVictim},
 	} {
 		t.Run(what, func(t *testing.T) {
+			blind()
 			frame := ethernet(tt.dst, tt.src, unix.ETH_P_IP, datagram4(tt.from, tt.to, 7000, what))
 			w.send(a.ns, frame)
 			if heard := tt.hear(); heard != "" {
@@ -117,12 +123,13 @@ func TestFrames_OfOwnMaking(t *testing.T) {
 	}
 }
 
-// dropRules takes the rules of the world's host away.
+// dropRules takes the rules of the world's host and of its fabric away.
 func (w *world) dropRules() {
 	w.t.Helper()
-	for _, family := range []string{"ip", "inet", "bridge"} {
+	for _, family := range []string{"ip", "inet"} {
 		w.nft("delete", "table", family, w.net.cfg.Table)
 	}
+	w.nftIn(int(w.net.fabric.ns.Fd()), "flush", "ruleset")
 }
 
 // A forged answer to "who has the victim's address" changes nothing: not for
@@ -140,7 +147,7 @@ func TestFrames_ForgedARP(t *testing.T) {
 			w.send(thief.ns, ethernet(all, src, unix.ETH_P_ARP, arp))
 		}
 	}
-	neigh, err := w.net.kernel.NeighList(w.net.bridge, netlink.FAMILY_V4)
+	neigh, err := w.net.fabric.kernel.NeighList(w.net.fabric.bridge, netlink.FAMILY_V4)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -162,7 +169,7 @@ func TestFrames_ForgedARP(t *testing.T) {
 func TestIPv6_IsCut(t *testing.T) {
 	w := newWorld(t, Config{})
 	a, b := w.attach(), w.attach()
-	host6, port6, neighbour6, own6 := netip.MustParseAddr("fe80::1"), netip.MustParseAddr("fe80::2"), netip.MustParseAddr("fe80::b"), netip.MustParseAddr("fe80::a")
+	host6, neighbour6, own6 := netip.MustParseAddr("fe80::1"), netip.MustParseAddr("fe80::b"), netip.MustParseAddr("fe80::a")
 	for x, addr := range map[box]netip.Addr{a: own6, b: neighbour6} {
 		w.in(x.ns, func() error {
 			l, err := netlink.LinkByName("eth0")
@@ -179,11 +186,10 @@ func TestIPv6_IsCut(t *testing.T) {
 			return errors.Join(sysctl("ipv6/conf/all/disable_ipv6", "0"), addAddr6("eth0", addr))
 		})
 	}
-	// The host has IPv6 on every interface: also on the port, where the kernel
-	// gives it by itself, and on the bridge, where somebody gave it.
+	// The host has IPv6 on its interface, where somebody gave it.
 	give := func() {
 		w.in(w.host, func() error {
-			return errors.Join(sysctl("ipv6/conf/fcb/disable_ipv6", "0"), addAddr6("fcb", host6), addAddr6(a.lease.Veth, port6))
+			return errors.Join(sysctl("ipv6/conf/fcb/disable_ipv6", "0"), addAddr6("fcb", host6))
 		})
 	}
 	give()
@@ -195,8 +201,8 @@ func TestIPv6_IsCut(t *testing.T) {
 		hear func() string
 		lone bool
 	}{
-		"to the host":       {dst: hardwareAddr(w.net.gateway), to: host6, hear: atHost, lone: true},
-		"around the bridge": {dst: net.HardwareAddr{1, 0x80, 0xc2, 0, 0, 0x0e}, to: port6, hear: atHost, lone: true},
+		"to the host":       {dst: hardwareAddr(w.net.gateway), to: host6, hear: atHost},
+		"around the bridge": {dst: net.HardwareAddr{1, 0x80, 0xc2, 0, 0, 0x0e}, to: host6, hear: atHost},
 		"to the neighbour":  {dst: hardwareAddr(b.lease.Address), to: neighbour6, hear: atNeighbour},
 		"to all":            {dst: net.HardwareAddr{0x33, 0x33, 0, 0, 0, 1}, to: netip.MustParseAddr("ff02::1"), hear: atNeighbour},
 	} {

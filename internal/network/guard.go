@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -37,18 +38,18 @@ func (n *Network) openGuard() (*guard, error) {
 		return nil, fmt.Errorf("make guard: %w", err)
 	}
 	t := n.guardTable()
-	g := &guard{filters: n.filters, leases: &nftables.Set{Table: t, Name: "leases", KeyType: kind, Concatenation: true}}
-	err = n.filters.change(func(c *nftables.Conn) error {
+	g := &guard{filters: n.fabric.tables, leases: &nftables.Set{Table: t, Name: "leases", KeyType: kind, Concatenation: true}}
+	err = n.fabric.tables.change(func(c *nftables.Conn) error {
 		c.AddTable(t)
 		if err := c.AddSet(g.leases, nil); err != nil {
 			return err
 		}
 		ch := c.AddChain(&nftables.Chain{Name: "from", Table: t, Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityFilter})
 		c.FlushChain(ch)
-		ours, drop := n.grouped(expr.MetaKeyIIFGROUP), verdict(expr.VerdictDrop)
-		rule(c, ch, ours, ethertype(unix.ETH_P_IP, expr.CmpOpEq), g.wrong(expr.PayloadBaseLLHeader, 6, source), drop)
-		rule(c, ch, ours, ethertype(unix.ETH_P_ARP, expr.CmpOpEq), g.wrong(expr.PayloadBaseNetworkHeader, 8, 14), drop)
-		rule(c, ch, ours, ethertype(unix.ETH_P_IP, expr.CmpOpNeq), ethertype(unix.ETH_P_ARP, expr.CmpOpNeq), drop)
+		drop := verdict(expr.VerdictDrop)
+		rule(c, ch, ethertype(unix.ETH_P_IP, expr.CmpOpEq), g.wrong(expr.PayloadBaseLLHeader, 6, source), drop)
+		rule(c, ch, ethertype(unix.ETH_P_ARP, expr.CmpOpEq), g.wrong(expr.PayloadBaseNetworkHeader, 8, 14), drop)
+		rule(c, ch, ethertype(unix.ETH_P_IP, expr.CmpOpNeq), ethertype(unix.ETH_P_ARP, expr.CmpOpNeq), drop)
 		return nil
 	})
 	switch {
@@ -89,8 +90,10 @@ func elements(leases []Lease) []nftables.SetElement {
 // hardwareAddr of a container follows from its address; it is locally
 // administered, and the same address always has the same one.
 func hardwareAddr(a netip.Addr) net.HardwareAddr {
-	return append(net.HardwareAddr{0x02, 0xfc}, a.AsSlice()...)
+	return append(slices.Clone(hardwarePrefix), a.AsSlice()...)
 }
+
+var hardwarePrefix = net.HardwareAddr{0x02, 0xfc}
 
 func (g *guard) change(ask func(*nftables.Conn) error) error {
 	if g == nil {

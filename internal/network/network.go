@@ -1,14 +1,15 @@
-// Package network connects containers: a bridge with the node's address on
-// it, a veth pair and an address for each container's network namespace, and
+// Package network connects containers: a veth pair and an address for each
+// container's network namespace, a bridge for them in a namespace between, and
 // nftables tables of its own that let containers out and keep them from each
 // other and from the host's services.
 //
-//	container            host
-//	eth0 10.89.0.7 ───── port ─┐ isolated; takes only 10.89.0.7
-//	eth0 10.89.0.8 ───── port ─┴ bridge 10.89.0.1 ── forward, masquerade ── world
+//	container         fabric                                   host
+//	eth0 10.89.0.7 ── port ─┐ isolated; takes only 10.89.0.7
+//	eth0 10.89.0.8 ── port ─┴ bridge 10.89.0.1 ─ uplink ────── fc0 ── forward, NAT ── world
 //
 // Of what a container sends, the world is all that it reaches. It is reached
-// from the host alone.
+// from the host alone: by this process from within the fabric (see Control), by
+// others through fc0.
 package network
 
 import (
@@ -18,8 +19,11 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
+	"syscall"
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
@@ -32,12 +36,12 @@ import (
 // subnets and tables.
 type Config struct {
 	Logger *slog.Logger
-	// Bridge is the interface's name. Default fc0.
+	// Bridge is the name of the host's interface to them. Default fc0.
 	Bridge string
 	// Subnet of the containers; its first address is the node's. Default
 	// 10.89.0.0/16.
 	Subnet netip.Prefix
-	// Table is the nftables table. Default fastcontainer.
+	// Table is the name of the nftables tables, and of the fabric's namespace. Default fastcontainer.
 	Table string
 	// DNS servers for containers. Default: the host's.
 	DNS []netip.Addr
@@ -57,7 +61,7 @@ type Lease struct {
 // thread that opened it, whichever thread uses it.
 type Network struct {
 	cfg     Config
-	bridge  int
+	link    int // the host's interface
 	gateway netip.Addr
 	hosts   []netip.Addr // the host's own addresses
 	servers []netip.Addr
@@ -67,12 +71,14 @@ type Network struct {
 	wire    *wire
 	filters *filters
 
+	fabric  *fabric
+	uplinks *uplinks
 	guard   *guard
 	removal removal
 	pool    *pool
 }
 
-// Open makes the bridge and the tables, or takes over those of an earlier
+// Open makes the fabric and the tables, or takes over those of an earlier
 // process. Containers that are connected stay so. Close it.
 func Open(ctx context.Context, c Config) (_ *Network, err error) {
 	if err := ctx.Err(); err != nil {
@@ -138,27 +144,51 @@ func (n *Network) open() (err error) {
 		return err
 	}
 	n.servers = nameservers(n.cfg.DNS, n.hosts, resolvFiles, n.cfg.Logger)
-	_, before := n.wire.index(n.cfg.Bridge)
+	if n.fabric, err = openFabric(n.namespace()); err != nil {
+		return err
+	}
 	defer func() {
-		if err != nil && before != nil && n.bridge != 0 {
+		if err != nil && n.fabric.fresh {
 			err = errors.Join(err, n.Remove())
 		}
 	}()
-	if err := n.openBridge(); err != nil {
+	if err := n.openLink(); err != nil {
+		return err
+	}
+	if n.uplinks, err = openUplinks(); err != nil {
+		return err
+	}
+	if err := n.fabric.furnish(netip.PrefixFrom(n.gateway, n.cfg.Subnet.Bits())); err != nil {
 		return err
 	}
 	if err := n.openTables(); err != nil {
 		return err
 	}
+	if err := n.fabric.openTables(n.cfg.Table); err != nil {
+		return err
+	}
+	n.uplinks.work.Go(n.followUplinks)
 	if n.guard, err = n.openGuard(); err != nil {
 		return err
 	}
-	return n.raiseBridge()
+	return n.raiseLink()
 }
 
-// Close lets go of the kernel. The bridge stays, for containers go on.
+// namespace is the file that holds the fabric.
+func (n *Network) namespace() string { return filepath.Join(namespaces, n.cfg.Table) }
+
+// namespaces is the directory of `ip netns`.
+const namespaces = "/run/netns"
+
+// Close lets go of the kernel. The fabric stays, for containers go on.
 func (n *Network) Close() error {
 	var errs []error
+	if n.uplinks != nil {
+		n.uplinks.close()
+	}
+	if n.fabric != nil {
+		errs = append(errs, n.fabric.close())
+	}
 	if n.kernel != nil {
 		n.kernel.Close()
 	}
@@ -174,11 +204,11 @@ func (n *Network) Close() error {
 	return errors.Join(errs...)
 }
 
-// Remove takes the bridge, its address and the tables off the host, as if they
-// had never been. It refuses while containers are connected. Close it
+// Remove takes the interface, the fabric and the tables off the host, as if
+// they had never been. It refuses while containers are connected. Close it
 // nevertheless.
 func (n *Network) Remove() error {
-	ports, err := n.ports()
+	ports, err := n.fabric.ports()
 	if err != nil {
 		return fmt.Errorf("remove network: %w", err)
 	}
@@ -186,18 +216,50 @@ func (n *Network) Remove() error {
 		return &fleet.Error{Op: "remove network", Subject: n.cfg.Bridge, Kind: fleet.ErrConflict, Err: fmt.Errorf("%d containers are connected", len(ports)), Hint: "stop all containers first"}
 	}
 	attrs := netlink.NewLinkAttrs()
-	attrs.Name, attrs.Index = n.cfg.Bridge, n.bridge
+	attrs.Name, attrs.Index = n.cfg.Bridge, n.link
 	var errs []error
-	if err := n.kernel.LinkDel(&netlink.Bridge{LinkAttrs: attrs}); err != nil && !gone(err) {
-		errs = append(errs, fmt.Errorf("remove bridge %s: %w", n.cfg.Bridge, err))
+	if n.link != 0 {
+		if err := n.kernel.LinkDel(&netlink.Veth{LinkAttrs: attrs}); err != nil && !gone(err) {
+			errs = append(errs, fmt.Errorf("remove interface %s: %w", n.cfg.Bridge, err))
+		}
 	}
-	for _, t := range append(n.tables(), n.guardTable()) {
+	for _, t := range n.tables() {
 		err := n.filters.change(func(c *nftables.Conn) error { c.DelTable(t); return nil })
 		if err != nil && !unsupported(err) { // it is not there
 			errs = append(errs, fmt.Errorf("remove nftables table %s: %w", t.Name, err))
 		}
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, release(n.fabric.file))...)
+}
+
+// Control is that of a net.Dialer: its connections to containers begin within
+// the fabric, past the host's firewall and its table of connections, and
+// containers see the node's address. To elsewhere it connects as any other.
+//
+// A socket belongs to the network namespace in which it was made, so one from
+// there takes the place of the dialer's.
+func (n *Network) Control(network, address string, c syscall.RawConn) error {
+	kind := unix.SOCK_STREAM
+	if strings.HasPrefix(network, "udp") {
+		kind = unix.SOCK_DGRAM
+	}
+	to, err := netip.ParseAddrPort(address)
+	if err != nil || !n.cfg.Subnet.Contains(to.Addr()) {
+		return nil //nolint:nilerr // a path, of a unix socket
+	}
+	made := -1
+	err = visit(int(n.home.Fd()), int(n.fabric.ns.Fd()), func() (err error) {
+		made, err = unix.Socket(unix.AF_INET, kind|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("make socket in the fabric: %w", err)
+	}
+	defer func() { _ = unix.Close(made) }()
+	if e := c.Control(func(fd uintptr) { err = unix.Dup3(made, int(fd), unix.O_CLOEXEC) }); e != nil {
+		return e
+	}
+	return err
 }
 
 // Attach connects the network namespace behind a descriptor. id must be unique
@@ -229,7 +291,7 @@ func (n *Network) Attach(ctx context.Context, id string, netns int) (Lease, erro
 // connect makes a connection. The guard learns of it meanwhile; eth0 is raised
 // last, so that the first that passes meets all that keeps it in.
 func (n *Network) connect(l Lease, netns int) (made bool, err error) {
-	p := port{name: l.Veth, bridge: n.bridge, group: n.group()}
+	p := port{name: l.Veth, bridge: n.fabric.bridge, group: portGroup}
 	var admitted error
 	var guard sync.WaitGroup
 	guard.Go(func() { admitted = n.guard.admit(l) })
@@ -239,11 +301,11 @@ func (n *Network) connect(l Lease, netns int) (made bool, err error) {
 		if err := cutIPv6(); err != nil {
 			return err
 		}
-		if err := n.wire.makePort(p, netns, l.Address); err != nil {
+		if err := n.fabric.wire.makePort(p, netns, l.Address); err != nil {
 			return fmt.Errorf("make interface: %w", err)
 		}
 		made = true
-		if index, err = n.wire.raisePort(p, l.Address); err != nil {
+		if index, err = n.fabric.wire.raisePort(p, l.Address); err != nil {
 			return err
 		}
 		guard.Wait()
@@ -255,7 +317,7 @@ func (n *Network) connect(l Lease, netns int) (made bool, err error) {
 	if err != nil {
 		return made, err
 	}
-	return true, errors.Join(n.wire.settle(index), n.wire.settle(n.bridge))
+	return true, errors.Join(n.fabric.wire.settle(index), n.fabric.wire.settle(n.fabric.bridge))
 }
 
 // cutIPv6 takes IPv6 from all interfaces to come in the calling thread's
@@ -303,7 +365,7 @@ func (n *Network) furnish(addr netip.Addr) error {
 	if err := w.know(eth, n.gateway); err != nil {
 		return fmt.Errorf("tell of the gateway: %w", err)
 	}
-	if err := w.leave(eth, n.gateway); err != nil {
+	if err := w.route(eth, netip.PrefixFrom(netip.IPv4Unspecified(), 0), n.gateway); err != nil {
 		return fmt.Errorf("set route: %w", err)
 	}
 	return nil
@@ -325,7 +387,7 @@ func (n *Network) Clean(ctx context.Context, keep []string) ([]string, error) {
 	}
 	n.removal.turn.Lock() // nobody leaves meanwhile
 	defer n.removal.turn.Unlock()
-	removed, err := n.ports()
+	removed, err := n.fabric.ports()
 	if err != nil {
 		return nil, err
 	}
@@ -348,7 +410,7 @@ func (n *Network) Clean(ctx context.Context, keep []string) ([]string, error) {
 // sweep forgets neighbours and elements of the guard that have no connection
 // any more.
 func (n *Network) sweep() error {
-	neighbours, err := all(func() ([]netlink.Neigh, error) { return n.kernel.NeighList(n.bridge, netlink.FAMILY_V4) })
+	neighbours, err := all(func() ([]netlink.Neigh, error) { return n.fabric.kernel.NeighList(n.fabric.bridge, netlink.FAMILY_V4) })
 	if err != nil {
 		return fmt.Errorf("list neighbours: %w", err)
 	}

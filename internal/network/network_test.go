@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -94,7 +95,7 @@ func newWorld(t testing.TB, c Config) *world {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := w.net.Close(); err != nil {
+		if err := errors.Join(w.net.Close(), release(w.net.namespace())); err != nil {
 			t.Error(err)
 		}
 	})
@@ -132,10 +133,12 @@ func (w *world) in(ns int, f func() error) {
 }
 
 // nft is the host's.
-func (w *world) nft(args ...string) string {
+func (w *world) nft(args ...string) string { w.t.Helper(); return w.nftIn(w.host, args...) }
+
+func (w *world) nftIn(ns int, args ...string) string {
 	w.t.Helper()
 	var out []byte
-	w.in(w.host, func() (err error) {
+	w.in(ns, func() (err error) {
 		if out, err = exec.Command("nft", args...).CombinedOutput(); err != nil { // a child has its parent thread's namespace
 			return fmt.Errorf("nft %q: %w: %s", args, err, out)
 		}
@@ -245,6 +248,22 @@ func (w *world) ask(ns int, addr, from string) (said string, err error) {
 	return said, err
 }
 
+// dial connects as a daemon does that runs elsewhere than this test: on a thread
+// of the host.
+func (w *world) dial(addr string) (said string, err error) {
+	err = inNamespace(w.host, func() error {
+		c, err := (&net.Dialer{Control: w.net.Control}).DialContext(w.t.Context(), "tcp", addr)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = c.Close() }()
+		b, err := io.ReadAll(c)
+		said = string(b)
+		return err
+	})
+	return said, err
+}
+
 func TestContainers_ReachTheWorldAndNothingElse(t *testing.T) {
 	w := newWorld(t, Config{Deny: []netip.Prefix{netip.MustParsePrefix("203.0.113.0/24"), netip.MustParsePrefix("fd00::/8")}})
 	a, b := w.attach(), w.attach()
@@ -252,7 +271,7 @@ func TestContainers_ReachTheWorldAndNothingElse(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = second.Close() }()
+	defer func() { _ = errors.Join(second.Close(), release(second.namespace())) }()
 	far := box{ns: newNamespace(t)}
 	if far.lease, err = second.Attach(t.Context(), "far", far.ns); err != nil {
 		t.Fatal(err)
@@ -260,9 +279,12 @@ func TestContainers_ReachTheWorldAndNothingElse(t *testing.T) {
 	for _, ns := range []int{a.ns, b.ns, far.ns, w.outside, w.host} {
 		w.serve(ns, "0.0.0.0:7000")
 	}
-	// The host reaches the container, which sees the bridge's address.
-	if from, err := w.ask(w.host, a.lease.Address.String()+":7000", ""); err != nil || from != w.net.gateway.String() {
+	// The host reaches the container; the daemon as the node.
+	if from, err := w.ask(w.host, a.lease.Address.String()+":7000", ""); err != nil || from == w.net.gateway.String() {
 		t.Errorf("host to container: %q, %v", from, err)
+	}
+	if from, err := w.dial(a.lease.Address.String() + ":7000"); err != nil || from != w.net.gateway.String() {
+		t.Errorf("daemon to container: %q, %v", from, err)
 	}
 	// The container reaches the world, which sees the host's address.
 	if from, err := w.ask(a.ns, outsideAddr+":7000", ""); err != nil || from != hostAddr {
@@ -363,12 +385,12 @@ func TestContainers_CannotPretendToBeAnother(t *testing.T) {
 	if from, err := w.ask(w.host, stolen+":7000", ""); err != nil || from == "" {
 		t.Errorf("the victim is not reached any more: %v", err)
 	}
-	bridge, err := w.net.kernel.LinkByName("fcb")
+	link, err := w.net.kernel.LinkByName("fcb")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if addrs, err := w.net.kernel.AddrList(bridge, netlink.FAMILY_V6); err != nil || len(addrs) > 0 {
-		t.Errorf("the bridge has IPv6: %v, %v", addrs, err)
+	if addrs, err := w.net.kernel.AddrList(link, netlink.FAMILY_V6); err != nil || len(addrs) > 0 {
+		t.Errorf("the interface has IPv6: %v, %v", addrs, err)
 	}
 }
 
@@ -417,6 +439,11 @@ func TestOpen_RefusesARangeInUse(t *testing.T) {
 	if rules := w.nft("list", "ruleset"); rules != "" {
 		t.Errorf("left: %s", rules)
 	}
+	for _, name := range []string{"fct", "fcu"} {
+		if _, err := os.Stat(filepath.Join(namespaces, name)); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("left: namespace %s, %v", name, err)
+		}
+	}
 }
 
 // Another range takes the place of the former, unless containers rely on it.
@@ -438,24 +465,78 @@ func TestOpen_WithAnotherRange(t *testing.T) {
 	if err := n.Adopt(a.lease); !errors.Is(err, fleet.ErrConflict) {
 		t.Errorf("adopt an address of the former range: %v", err)
 	}
-	addrs, err := n.kernel.AddrList(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Index: n.bridge}}, netlink.FAMILY_V4)
+	addrs, err := n.fabric.kernel.AddrList(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Index: n.fabric.bridge}}, netlink.FAMILY_V4)
 	if err != nil || len(addrs) != 1 || addrs[0].IP.String() != "10.123.8.1" {
 		t.Errorf("addresses %v, %v", addrs, err)
+	}
+}
+
+// Somebody removed the host's interface, or holds one of its name.
+func TestOpen_MendsTheLink(t *testing.T) {
+	w := newWorld(t, Config{})
+	a := w.attach()
+	w.serve(a.ns, "0.0.0.0:7000")
+	w.serve(w.outside, "0.0.0.0:7000")
+	remove := func() error {
+		l, err := netlink.LinkByName("fcb")
+		if err != nil {
+			return err
+		}
+		return netlink.LinkDel(l)
+	}
+	w.in(w.host, remove)
+	w.reopen(a)
+	if _, err := w.ask(w.host, a.lease.Address.String()+":7000", ""); err != nil {
+		t.Errorf("the host does not reach the container any more: %v", err)
+	}
+	if _, err := w.ask(a.ns, outsideAddr+":7000", ""); err != nil {
+		t.Errorf("the container does not reach the world any more: %v", err)
+	}
+	w.in(w.host, func() error {
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name = "fcb"
+		return errors.Join(remove(), netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "others"}))
+	})
+	if _, err := w.open(w.net.cfg); !errors.Is(err, fleet.ErrConflict) || fleet.Hint(err) == "" {
+		t.Errorf("another one's interface: %v", err)
+	}
+}
+
+// The fabric is lost with what was connected to it, as when its file was
+// unmounted: a new one takes its place.
+func TestOpen_WithoutItsNamespace(t *testing.T) {
+	w := newWorld(t, Config{})
+	w.attach()
+	w.do("end", w.net.Close)
+	w.do("lose", func() error { return release(w.net.namespace()) })
+	if err := os.WriteFile(w.net.namespace(), nil, 0o444); err != nil { // the mount alone is gone
+		t.Fatal(err)
+	}
+	var err error
+	if w.net, err = w.open(w.net.cfg); err != nil {
+		t.Fatal(err)
+	}
+	b := w.attach()
+	w.serve(b.ns, "0.0.0.0:7000")
+	if _, err := w.ask(w.host, b.lease.Address.String()+":7000", ""); err != nil {
+		t.Error(err)
 	}
 }
 
 // state is everything that a container has on the host.
 func (w *world) state() string {
 	w.t.Helper()
-	links, err := w.net.kernel.LinkList()
-	if err != nil {
-		w.t.Fatal(err)
-	}
 	var b strings.Builder
-	for _, l := range links {
-		fmt.Fprintln(&b, l.Attrs().Name)
+	for _, kernel := range []*netlink.Handle{w.net.kernel, w.net.fabric.kernel} {
+		links, err := kernel.LinkList()
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		for _, l := range links {
+			fmt.Fprintln(&b, l.Attrs().Name)
+		}
 	}
-	neigh, err := w.net.kernel.NeighList(w.net.bridge, netlink.FAMILY_V4)
+	neigh, err := w.net.fabric.kernel.NeighList(w.net.fabric.bridge, netlink.FAMILY_V4)
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -465,6 +546,7 @@ func (w *world) state() string {
 		}
 	}
 	b.WriteString(w.nft("list", "ruleset"))
+	b.WriteString(w.nftIn(int(w.net.fabric.ns.Fd()), "list", "ruleset"))
 	lines := slices.Sorted(strings.Lines(b.String())) // a new process makes its table anew, after the others
 	return strings.Join(lines, "")
 }
@@ -658,7 +740,7 @@ func TestDetach_ManyTogether(t *testing.T) {
 			if err := w.net.Detach(t.Context(), l); err != nil {
 				t.Error(err)
 			}
-			if _, err := w.net.wire.index(l.Veth); err == nil {
+			if _, err := w.net.fabric.wire.index(l.Veth); err == nil {
 				t.Errorf("%s is still there", l.Veth)
 			}
 		})
@@ -668,4 +750,71 @@ func TestDetach_ManyTogether(t *testing.T) {
 	if len(w.net.pool.used) != 0 {
 		t.Errorf("addresses in use: %v", w.net.pool.used)
 	}
+}
+
+// What leaves the host has an address of the interface that it leaves by, also
+// after that changed.
+func TestContainers_FollowTheHostsAddresses(t *testing.T) {
+	w := newWorld(t, Config{})
+	a := w.attach()
+	w.serve(w.outside, "0.0.0.0:7000")
+	const elsewhere = "203.0.113.77"
+	seen := func(addr, want string) {
+		t.Helper()
+		var from string
+		var err error
+		for range 20 { // it is told in the background
+			if from, err = w.ask(a.ns, addr+":7000", ""); err == nil && from == want {
+				return
+			}
+			time.Sleep(50 * time.Millisecond)
+		}
+		t.Errorf("%s is asked by %q, %v; want %q", addr, from, err, want)
+	}
+	w.in(w.outside, func() error {
+		return errors.Join(addAddr("out0", elsewhere+"/32"), addAddr("out0", "198.18.0.2/24"))
+	})
+	seen(outsideAddr, hostAddr)
+	seen(elsewhere, hostAddr)
+
+	// A second range at the same interface: its neighbours see its address.
+	w.in(w.host, func() error { return addAddr("up0", "198.18.0.1/24") })
+	seen("198.18.0.2", "198.18.0.1")
+	seen(elsewhere, hostAddr)
+
+	// Another address instead.
+	w.in(w.host, func() error {
+		l, err := netlink.LinkByName("up0")
+		if err != nil {
+			return err
+		}
+		old, err := netlink.ParseAddr(hostAddr + "/24")
+		if err != nil {
+			return err
+		}
+		_, all, _ := net.ParseCIDR("0.0.0.0/0")
+		return errors.Join(netlink.AddrDel(l, old), addAddr("up0", "192.0.2.9/24"),
+			netlink.RouteReplace(&netlink.Route{Dst: all, Gw: net.ParseIP(outsideAddr)}))
+	})
+	seen(outsideAddr, "192.0.2.9")
+
+	// None of its own: that of another one.
+	w.in(w.host, func() error {
+		l, err := netlink.LinkByName("up0")
+		if err != nil {
+			return err
+		}
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name = "other"
+		var errs []error
+		for _, s := range []string{"192.0.2.9/24", "198.18.0.1/24"} {
+			a, err := netlink.ParseAddr(s)
+			errs = append(errs, err, netlink.AddrDel(l, a))
+		}
+		_, all, _ := net.ParseCIDR("0.0.0.0/0")
+		errs = append(errs, netlink.LinkAdd(&netlink.Bridge{LinkAttrs: attrs}), addAddr("other", "192.0.2.33/32"), up("other"),
+			netlink.RouteReplace(&netlink.Route{Dst: all, LinkIndex: l.Attrs().Index, Scope: netlink.SCOPE_LINK}))
+		return errors.Join(errs...)
+	})
+	seen(outsideAddr, "192.0.2.33")
 }

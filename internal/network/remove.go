@@ -79,10 +79,10 @@ func (n *Network) remove(leases []Lease) error {
 	return errors.Join(errs...)
 }
 
-// forget removes what the host knows of an address.
+// forget removes what the fabric knows of an address.
 func (n *Network) forget(a netip.Addr) error {
 	slow.Ahead()
-	err := n.kernel.NeighDel(&netlink.Neigh{Family: netlink.FAMILY_V4, LinkIndex: n.bridge, IP: a.AsSlice()})
+	err := n.fabric.kernel.NeighDel(&netlink.Neigh{Family: netlink.FAMILY_V4, LinkIndex: n.fabric.bridge, IP: a.AsSlice()})
 	if err != nil && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("remove neighbour %s: %w", a, err)
 	}
@@ -94,7 +94,7 @@ func (n *Network) removeLinks(leases []Lease) error {
 	var errs []error
 	found := 0
 	for _, l := range leases {
-		switch err := n.wire.regroup(l.Veth, n.leaving()); {
+		switch err := n.fabric.wire.regroup(l.Veth, leavingGroup); {
 		case gone(err): // with its namespace
 		case err != nil:
 			errs = append(errs, fmt.Errorf("remove interface %s: %w", l.Veth, err))
@@ -103,7 +103,7 @@ func (n *Network) removeLinks(leases []Lease) error {
 		}
 	}
 	if found > 0 {
-		if err := n.wire.removeGroup(n.leaving()); err != nil && !gone(err) {
+		if err := n.fabric.wire.removeGroup(leavingGroup); err != nil && !gone(err) {
 			errs = append(errs, fmt.Errorf("remove interfaces: %w", err))
 		}
 	}

@@ -7,7 +7,6 @@ import (
 	"sync"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
@@ -61,20 +60,6 @@ func unsupported(err error) bool {
 	return errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.ENOENT)
 }
 
-// group marks the ports of this network's bridge: no two bridges of a host have
-// the same. A port that is about to be removed is in leaving.
-func (n *Network) group() int   { return 1<<29 | n.bridge }
-func (n *Network) leaving() int { return n.group() | 1<<30 }
-
-// grouped compares an interface's group, whether it leaves or not.
-func (n *Network) grouped(key expr.MetaKey) []expr.Any {
-	return []expr.Any{
-		&expr.Meta{Key: key, Register: 1},
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(^uint32(1 << 30)), Xor: make([]byte, 4)},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.NativeEndian.PutUint32(uint32(n.group()))}, //nolint:gosec // not negative
-	}
-}
-
 // metadata is where clouds tell a machine its secrets.
 var metadata = []string{
 	"169.254.0.0/16",     // nearly all of them
@@ -91,20 +76,25 @@ var metadata = []string{
 // containers nevertheless, for firewalls that refuse forwarded packets do not
 // look at those that the host sends, and those of input accept answers. But
 // containers reach the world only if such a firewall forwards what comes from
-// and goes to the bridge.
+// and goes to the interface.
 func (n *Network) openTables() error {
-	err := n.filters.change(func(c *nftables.Conn) error {
+	list, err := n.listUplinks()
+	if err != nil {
+		return err
+	}
+	err = n.filters.change(func(c *nftables.Conn) error {
 		for _, t := range n.tables() {
 			c.AddTable(t)
 			c.DelTable(t)
 			c.AddTable(t)
 		}
 		n.addFilter(c, n.tables()[0])
+		n.setSources(c, list)
 		n.addCut(c, n.tables()[1])
 		return nil
 	})
 	if unsupported(err) {
-		return &fleet.Error{Op: "write nftables tables", Subject: n.cfg.Table, Kind: fleet.ErrUnavailable, Err: err, Hint: "modprobe nf_tables nft_ct nft_masq nft_chain_nat"}
+		return &fleet.Error{Op: "write nftables tables", Subject: n.cfg.Table, Kind: fleet.ErrUnavailable, Err: err, Hint: "modprobe nf_tables nft_ct nft_nat nft_chain_nat"}
 	}
 	if err != nil {
 		return fmt.Errorf("write nftables tables %s: %w", n.cfg.Table, err)
@@ -163,20 +153,16 @@ func (n *Network) addFilter(c *nftables.Conn, t *nftables.Table) {
 	rule(c, fwd, to, drop)
 
 	nat := chain("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource)
-	rule(c, nat, prefix(source, subnet, expr.CmpOpEq), notTo, []expr.Any{&expr.Masq{}})
+	c.AddChain(&nftables.Chain{Name: sources, Table: t})
+	rule(c, nat, prefix(source, subnet, expr.CmpOpEq), notTo, []expr.Any{&expr.Verdict{Kind: expr.VerdictJump, Chain: sources}})
 }
 
-// addCut cuts what does not go through the bridge, and all of IPv6. Frames to
-// the group addresses of bridges (01:80:c2:00:00:0e and its siblings) do not:
-// the kernel takes them from the port itself, before any table of the bridge
-// has seen them, and what IP they hold would reach the host.
+// addCut cuts all of IPv6.
 func (n *Network) addCut(c *nftables.Conn, t *nftables.Table) {
 	drop := verdict(expr.VerdictDrop)
 	ipv6 := []expr.Any{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.NFPROTO_IPV6}}}
 	from := c.AddChain(&nftables.Chain{Name: "from", Table: t, Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityRaw})
-	rule(c, from, n.grouped(expr.MetaKeyIIFGROUP), drop)
 	rule(c, from, ipv6, iface(expr.MetaKeyIIFNAME, n.cfg.Bridge, expr.CmpOpEq), drop)
 	to := c.AddChain(&nftables.Chain{Name: "to", Table: t, Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityRaw})
-	rule(c, to, n.grouped(expr.MetaKeyOIFGROUP), drop)
 	rule(c, to, ipv6, iface(expr.MetaKeyOIFNAME, n.cfg.Bridge, expr.CmpOpEq), drop)
 }

@@ -3,6 +3,7 @@ package network
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"runtime"
@@ -23,7 +24,7 @@ import (
 // Where a container waits for the answer, requests are written here, for a
 // library asks the kernel twice as often.
 type wire struct {
-	route   *nl.NetlinkSocket
+	socket  *nl.NetlinkSocket
 	sockets map[int]*nl.SocketHandle
 	names   int // a socket to ask for the numbers of interfaces
 }
@@ -42,11 +43,11 @@ func openWire() (*wire, error) {
 		route.Close()
 		return nil, fmt.Errorf("open netlink: %w", err)
 	}
-	return &wire{route: route, sockets: map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: {Socket: route}}, names: names}, nil
+	return &wire{socket: route, sockets: map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: {Socket: route}}, names: names}, nil
 }
 
 func (w *wire) close() {
-	w.route.Close()
+	w.socket.Close()
 	_ = unix.Close(w.names)
 }
 
@@ -105,8 +106,8 @@ func (w *wire) makePort(p port, netns int, addr netip.Addr) error {
 		nl.NewRtAttr(unix.IFLA_NUM_TX_QUEUES, number(1)), nl.NewRtAttr(unix.IFLA_NUM_RX_QUEUES, number(1)), info)
 }
 
-// raisePort raises a port that reaches the host alone, and makes the host know
-// for good who is behind it: nothing that a container sends changes where
+// raisePort raises a port that reaches the fabric alone, and makes the fabric
+// know for good who is behind it: nothing that a container sends changes where
 // another one's packets go. locked ports, which older kernels do not know, take
 // nothing from other hardware addresses.
 // It gives the port's number.
@@ -136,7 +137,7 @@ func (w *wire) raisePort(p port, addr netip.Addr) (int, error) {
 		return 0, fmt.Errorf("tell the bridge of it: %w", err)
 	}
 	if err := w.know(p.bridge, addr); err != nil {
-		return 0, fmt.Errorf("tell the host of it: %w", err)
+		return 0, fmt.Errorf("tell the fabric of it: %w", err)
 	}
 	return index, nil
 }
@@ -144,9 +145,13 @@ func (w *wire) raisePort(p port, addr netip.Addr) (int, error) {
 // know tells the hardware address of a neighbour for good, so that nobody asks
 // for it and nobody can tell another one.
 func (w *wire) know(index int, addr netip.Addr) error {
+	return w.knowAs(index, addr, hardwareAddr(addr))
+}
+
+func (w *wire) knowAs(index int, addr netip.Addr, hardware net.HardwareAddr) error {
 	return w.ask(unix.RTM_NEWNEIGH, unix.NLM_F_CREATE|unix.NLM_F_REPLACE,
 		&netlink.Ndmsg{Family: unix.AF_INET, Index: uint32(index), State: netlink.NUD_PERMANENT}, //nolint:gosec // not negative
-		nl.NewRtAttr(netlink.NDA_DST, addr.AsSlice()), nl.NewRtAttr(netlink.NDA_LLADDR, hardwareAddr(addr)))
+		nl.NewRtAttr(netlink.NDA_DST, addr.AsSlice()), nl.NewRtAttr(netlink.NDA_LLADDR, hardware))
 }
 
 // raise an interface.
@@ -187,12 +192,16 @@ func (w *wire) address(index int, p netip.Prefix) error {
 		nl.NewRtAttr(unix.IFA_LOCAL, p.Addr().AsSlice()), nl.NewRtAttr(unix.IFA_ADDRESS, p.Addr().AsSlice()))
 }
 
-// leave sends all that is for elsewhere to the gateway.
-func (w *wire) leave(index int, gateway netip.Addr) error {
+// route sends what is for a range to a neighbour that the interface reaches,
+// whatever its address.
+func (w *wire) route(index int, to netip.Prefix, neighbour netip.Addr) error {
 	msg := nl.NewRtMsg()
-	msg.Family = unix.AF_INET
-	return w.ask(unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_EXCL, msg,
-		nl.NewRtAttr(unix.RTA_GATEWAY, gateway.AsSlice()), nl.NewRtAttr(unix.RTA_OIF, number(index)))
+	msg.Family, msg.Dst_len, msg.Flags = unix.AF_INET, uint8(to.Bits()), unix.RTNH_F_ONLINK //nolint:gosec // at most 32
+	parts := []nl.NetlinkRequestData{msg, nl.NewRtAttr(unix.RTA_GATEWAY, neighbour.AsSlice()), nl.NewRtAttr(unix.RTA_OIF, number(index))}
+	if to.Bits() > 0 {
+		parts = append(parts, nl.NewRtAttr(unix.RTA_DST, to.Masked().Addr().AsSlice()))
+	}
+	return w.ask(unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_REPLACE, parts...)
 }
 
 func number(n int) []byte { return nl.Uint32Attr(uint32(n)) } //nolint:gosec // not negative
@@ -224,18 +233,19 @@ func sysctl(name, value string) error {
 
 // inNamespace runs f on a thread in another network namespace.
 func inNamespace(netns int, f func() error) error {
-	var err error
+	home, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open network namespace: %w", err)
+	}
+	defer func() { _ = unix.Close(home) }()
+	return visit(home, netns, f)
+}
+
+// visit runs f on a thread in another network namespace, which then returns home.
+func visit(home, netns int, f func() error) (err error) {
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		runtime.LockOSThread()
-		var home int
-		home, err = unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
-		if err != nil {
-			runtime.UnlockOSThread()
-			err = fmt.Errorf("open network namespace: %w", err)
-			return
-		}
-		defer func() { _ = unix.Close(home) }()
 		if err = unix.Setns(netns, unix.CLONE_NEWNET); err != nil {
 			runtime.UnlockOSThread()
 			err = fmt.Errorf("enter network namespace: %w", err)

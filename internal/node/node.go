@@ -59,6 +59,8 @@ type Config struct {
 	// Pressed is called when an instance's memory comes near its limit, which
 	// is below its peak; it may Resize. May be nil.
 	Pressed func(*Instance)
+	// Control, if any, is that of the net.Dialer for connections to instances.
+	Control func(network, address string, c syscall.RawConn) error
 	// Memory and CPU that all instances together may use; 0: the machine's.
 	Memory fleet.Bytes
 	CPU    float64

@@ -53,7 +53,7 @@ func (i *Instance) awaitReady(ctx context.Context) error {
 		// The kernel answers for a listening program, so no answer means that the
 		// packet was lost on an interface that is just coming up. TCP itself
 		// would wait a second before it sends another.
-		dialer := net.Dialer{Timeout: min(max(10*time.Millisecond, time.Since(began)), time.Second)}
+		dialer := net.Dialer{Control: i.node.cfg.Control, Timeout: min(max(10*time.Millisecond, time.Since(began)), time.Second)}
 		conn, err := dialer.DialContext(ctx, "tcp", addr)
 		if err == nil {
 			if i.rev.Spec.Ready.HTTP == "" {
