@@ -4,8 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 	"sync"
+	"sync/atomic"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -28,6 +28,7 @@ type uplink struct {
 // connections that the host has whenever one of its interfaces goes down.
 type uplinks struct {
 	changes *nl.NetlinkSocket
+	closing atomic.Bool
 	work    sync.WaitGroup
 }
 
@@ -40,6 +41,7 @@ func openUplinks() (*uplinks, error) {
 }
 
 func (u *uplinks) close() {
+	u.closing.Store(true)
 	u.changes.Close()
 	u.work.Wait()
 }
@@ -49,7 +51,7 @@ func (n *Network) followUplinks() {
 	for {
 		_, _, err := n.uplinks.changes.Receive()
 		switch {
-		case errors.Is(err, os.ErrClosed):
+		case n.uplinks.closing.Load():
 			return
 		case err != nil && !errors.Is(err, unix.ENOBUFS): // there were too many, and one is enough
 			n.cfg.Logger.Error("changes of the host's addresses are not followed any more", "error", err, "hint", "restart the daemon after the next")
