@@ -497,7 +497,7 @@ func (b *bench) thousand() error {
 	}
 	defer other.end()
 	for _, n := range []*node{n, other} {
-		if _, err := b.awake(n, "warm"); err != nil {
+		if err := b.awake(n, "warm"); err != nil {
 			return err
 		}
 	}

@@ -55,7 +55,7 @@ func (b *bench) apps() error {
 	}
 	defer other.end()
 	for _, n := range []*node{n, other} {
-		if _, err := b.awake(n, "warm"); err != nil {
+		if err := b.awake(n, "warm"); err != nil {
 			return err
 		}
 	}
