@@ -137,7 +137,7 @@ func (p *player) step() {
 			p.t.Error(err)
 		}
 		delete(p.model.refused, k)
-		p.model.dismiss(func(c *modelled) bool { return c.key == k && c.holds == 0 })
+		p.model.dismiss(func(c *modelled) bool { return c.key == k })
 	}
 }
 

@@ -97,9 +97,9 @@ func (s *Store) Delete(app fleet.AppName) error {
 	return nil
 }
 
-// Keep removes what nobody holds and want does not name, refusals too, and
-// then, if the budget is smaller than it was, those that were not used for
-// longest. removed is the number of checkpoints that went.
+// Keep removes what want does not name, refusals too, and then, if the budget is
+// smaller than it was, those that were not used for longest. What somebody holds
+// goes with its last hold. removed is the number of checkpoints that went.
 func (s *Store) Keep(want func(app fleet.AppName, key string) bool) (removed int, err error) {
 	// want is asked without the lock, so it may take its time.
 	known := map[id]bool{}
@@ -118,7 +118,7 @@ func (s *Store) Keep(want func(app fleet.AppName, key string) bool) (removed int
 		wanted, asked := known[n]
 		return asked && !wanted
 	}
-	removed, err = s.dismiss(func(e *entry) bool { return e.holds == 0 && (e.doomed || unwanted(e.id)) })
+	removed, err = s.dismiss(func(e *entry) bool { return e.doomed && e.holds == 0 || unwanted(e.id) })
 	err = errors.Join(err, s.pardon(unwanted))
 
 	s.mu.Lock()

@@ -318,6 +318,18 @@ func (s *Store) Find(app fleet.AppName, key string) (*Checkpoint, error) {
 	}
 }
 
+// Has tells whether something of an app is kept.
+func (s *Store) Has(app fleet.AppName) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for n := range s.kept {
+		if n.app == app {
+			return true
+		}
+	}
+	return false
+}
+
 // noteAfter is how wrong the time of the last use may be after a restart: a
 // busy checkpoint does not write to the disk each time.
 const noteAfter = time.Minute

@@ -792,6 +792,9 @@ func (a *App) remove() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.removed = true
+	if a.births != nil && a.births.giveUp != nil {
+		a.births.giveUp()
+	}
 	for _, m := range slices.Clone(a.ready) {
 		if !m.retiring {
 			a.retire(m, causeRemoved)

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"context"
 	"time"
 
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
@@ -11,7 +12,8 @@ import (
 // first one on.
 type births struct {
 	cold, restored, thawed window
-	saving                 bool // a checkpoint is being made
+	saving                 bool   // a checkpoint is being made
+	giveUp                 func() // ends that; nil: it has not begun
 }
 
 // window is how long the last starts of a kind took, and what came of them.
@@ -167,15 +169,19 @@ func (a *App) keepStart(inst Instance) {
 }
 
 // save has the processes of the app's revision saved, if the machine has room
-// for one more instance.
+// for one more instance. It is given up when the app is removed, so that nothing
+// is saved after what was saved is deleted.
 func (a *App) save() {
 	a.mu.Lock()
 	rev, claim, priority := a.rev, a.claim(), a.policy.Priority
 	cold, over := a.births.cold.tier(), a.removed || a.stopped
+	ctx, cancel := context.WithCancel(a.k.ctx)
+	defer cancel()
+	a.births.giveUp = cancel
 	a.mu.Unlock()
 	bytes := int64(0)
-	if !over && a.k.ledger.admit(a.k.ctx, a, claim, priority) == nil {
-		bytes = a.k.cfg.Node.Save(a.k.ctx, rev, causeSlow, map[string]float64{"cold_ms": cold.Usual.Seconds() * 1e3, "starts": float64(cold.Starts)})
+	if !over && a.k.ledger.admit(ctx, a, claim, priority) == nil {
+		bytes = a.k.cfg.Node.Save(ctx, rev, causeSlow, map[string]float64{"cold_ms": cold.Usual.Seconds() * 1e3, "starts": float64(cold.Starts)})
 		a.k.ledger.ended(a, claim, true)
 	}
 	a.mu.Lock()

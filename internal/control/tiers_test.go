@@ -97,6 +97,27 @@ func TestTiers_OneIsMadeAtATime(t *testing.T) {
 	})
 }
 
+// Whoever deletes what is saved of a removed app finds all of it: nothing is
+// saved later.
+func TestTiers_ARemovedAppIsNotSaved(t *testing.T) {
+	for name, before := range map[string]time.Duration{"while it waits": saveDelay / 2, "while it is saved": 3 * saveDelay} {
+		t.Run(name, func(t *testing.T) {
+			saving(t, func(t *testing.T, k *Control, n *fakeNode) {
+				a := deploy(k, savedSpec("shop", fleet.StartAuto), 1)
+				visit(t, a)
+				time.Sleep(before)
+				k.RemoveApp("shop")
+				time.Sleep(time.Hour)
+				n.mu.Lock()
+				defer n.mu.Unlock()
+				if len(n.saved) != 0 {
+					t.Error("it is saved")
+				}
+			})
+		})
+	}
+}
+
 func TestTiers_ASlowRestoreIsGivenUp(t *testing.T) {
 	saving(t, func(t *testing.T, k *Control, n *fakeNode) {
 		n.restoring = 3 * time.Second

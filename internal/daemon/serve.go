@@ -224,6 +224,7 @@ func (d *Daemon) open(ctx context.Context) error {
 	if err := d.openRuntimes(ctx); err != nil {
 		return err
 	}
+	// No CRIU of an earlier daemon writes there any more: the runtime ended it.
 	if d.checkpoints, err = checkpoint.Open(checkpoint.Config{Dir: data("checkpoints"), Budget: c.Checkpoint.Budget, Logger: d.log}); err != nil {
 		return err
 	}
@@ -374,22 +375,70 @@ func (d *Daemon) forgetSaved(ctx context.Context, held <-chan struct{}, app flee
 	}
 }
 
+// keepSaved removes the saved processes that no start on this host will use: of
+// another kernel or CRIU, and of revisions that are neither an app's current one nor
+// the one that a rollback goes to. It waits until what adopted instances use of
+// them is held. which: of one app; "": of all.
+func (d *Daemon) keepSaved(ctx context.Context, held <-chan struct{}, which fleet.AppName) {
+	select {
+	case <-held:
+	case <-ctx.Done():
+		return
+	}
+	_, err := d.checkpoints.Keep(func(app fleet.AppName, key string) bool {
+		return which != "" && app != which || d.wanted(ctx, app, key)
+	})
+	if err != nil {
+		d.log.Warn("remove checkpoints", "app", which, "error", err)
+	}
+}
+
+// wanted tells whether a start may use a checkpoint; also if that cannot be known.
+func (d *Daemon) wanted(ctx context.Context, app fleet.AppName, key string) bool {
+	r, ok := d.routes.get(app)
+	if !ok {
+		return false
+	}
+	for _, id := range []fleet.RevisionID{r.app.Current, r.app.Previous} {
+		if id == "" {
+			continue
+		}
+		rev, err := store.Revision(ctx, d.store, id)
+		if errors.Is(err, fleet.ErrNotFound) {
+			continue
+		}
+		if err != nil {
+			return true
+		}
+		if own, err := d.node.SavedKey(ctx, rev); err != nil || own == key {
+			return true
+		}
+	}
+	return false
+}
+
 // begin learns the apps, takes over the instances of an earlier daemon, and
 // starts what goes on in the background.
 func (d *Daemon) begin(ctx, background context.Context) error {
 	synced, held := make(chan struct{}), make(chan struct{})
 	d.work.Go(func() {
+		all := false // apps are known
 		err := store.WatchApps(background, d.store, func(c store.AppChange) error {
 			switch {
 			case c.Synced:
 				close(synced)
 			case c.Deleted:
 				d.control.RemoveApp(c.App.Name)
-				d.work.Go(func() { d.forgetSaved(background, held, c.App.Name) })
 			default:
 				d.control.SetApp(c.App, c.Revision)
 			}
 			d.routes.set(c)
+			switch all = all || c.Synced; {
+			case c.Deleted:
+				d.work.Go(func() { d.forgetSaved(background, held, c.App.Name) })
+			case all: // Synced has no name
+				d.work.Go(func() { d.keepSaved(background, held, c.App.Name) })
+			}
 			return nil
 		})
 		if background.Err() == nil {
@@ -407,9 +456,6 @@ func (d *Daemon) begin(ctx, background context.Context) error {
 	}
 	for _, i := range adopted {
 		d.control.Adopt(i)
-	}
-	if _, err := d.checkpoints.Keep(func(app fleet.AppName, _ string) bool { _, ok := d.routes.get(app); return ok }); err != nil {
-		d.log.Warn("remove checkpoints that no app has", "error", err)
 	}
 	close(held)
 	d.control.Begin()

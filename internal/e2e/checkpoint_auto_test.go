@@ -73,6 +73,12 @@ func hold(what string) error {
 			}
 		}
 		return os.Remove("/large")
+	case "shared": // memory that belongs to the namespace
+		id, err := unix.SysvShmGet(unix.IPC_PRIVATE, 4096, unix.IPC_CREAT|0o600)
+		if err == nil {
+			_, err = unix.SysvShmAttach(id, 0, 0)
+		}
+		return err
 	case "file": // one of a volume
 		_, err := unix.Open("/data/file", unix.O_RDWR|unix.O_CREAT, 0o600)
 		return err

@@ -4,15 +4,19 @@ import (
 	"bytes"
 	"errors"
 	"io/fs"
+	"log/slog"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/fastcontainer/fastcontainer/internal/etcd"
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
+	"github.com/fastcontainer/fastcontainer/internal/store"
 )
 
 // stored are the files and directories of the daemon's checkpoints that match.
@@ -50,13 +54,14 @@ func (d *daemon) coldAgain(app fleet.AppName, witness string) {
 func TestCheckpoint_WhatCannotBeSavedStartsCold(t *testing.T) {
 	d := newSaver(t)
 	for app, c := range map[string]struct{ hold, want string }{
-		"odd":  {"landlock", "Can't dump file"},
-		"huge": {"deleted", "increase limit"},
+		"odd":    {"landlock", "CRIU failed: Can't dump file"},
+		"huge":   {"deleted", "increase limit"},
+		"shared": {"shared", "System V shared memory"},
 	} {
 		d.deployFile(app, sluggish(t), "start: checkpoint\nresources: {memory: {rest: 300Mi}}\nenv: {HOLD: "+c.hold+"}\n")
 		d.expect(app+".localhost", "/", "hello")
 		e := d.await(fleet.AppName(app), fleet.EventCheckpoint, nil)
-		if !strings.Contains(e.Cause, "cannot be saved") || !strings.Contains(e.Detail, "CRIU failed: ") || !strings.Contains(e.Detail, c.want) || len(e.Log) == 0 {
+		if !strings.Contains(e.Cause, "cannot be saved") || !strings.Contains(e.Detail, c.want) || len(e.Log) == 0 {
 			t.Errorf("%s: %+v", app, e)
 		}
 		d.coldAgain(fleet.AppName(app), app+"-witness")
@@ -242,6 +247,91 @@ func TestCheckpoint_GoesWithItsApp(t *testing.T) {
 	if list := d.events("early", fleet.EventCheckpoint); len(list) != 0 {
 		t.Errorf("checkpoints: %+v", list)
 	}
+}
+
+// Kept are the checkpoints of an app's revision and of the one that a rollback
+// goes to, as this host makes them. All else goes by itself.
+func TestCheckpoint_OnlyWhatMayBeUsedIsKept(t *testing.T) {
+	d := newSaver(t)
+	deploy := func(n string) string {
+		d.deployFile("app", sluggish(t), "start: checkpoint\nenv: {N: \""+n+"\"}\n")
+		d.asleep("app")
+		before := d.stored("kept/app.*/manifest.json")
+		d.expect("app.localhost", "/", "hello")
+		saved := ""
+		d.until("it is saved", func() bool {
+			for _, f := range d.stored("kept/app.*/manifest.json") {
+				if !slices.Contains(before, f) {
+					saved = filepath.Dir(f)
+				}
+			}
+			return saved != ""
+		})
+		d.asleep("app")
+		return saved
+	}
+	keeps := func(want ...string) {
+		t.Helper()
+		slices.Sort(want)
+		d.until("what may be used is kept", func() bool {
+			return slices.Equal(d.stored("kept/*"), want)
+		})
+	}
+	first := deploy("1")
+	second := deploy("2")
+	keeps(first, second)
+	third := deploy("3")
+	keeps(second, third)
+	d.must("rollback", "app")
+	d.asleep("app")
+	d.expect("app.localhost", "/", "hello")
+	d.started("app", fleet.CheckpointStart)
+	keeps(second, third)
+
+	// One of another kernel has another key, and no start asks for it.
+	d.stop()
+	parts := strings.SplitN(filepath.Base(third), ".", 3)
+	other := strings.Repeat("0", len(parts[1]))
+	foreign := filepath.Join(filepath.Dir(third), parts[0]+"."+other+"."+parts[2])
+	if err := os.CopyFS(foreign, os.DirFS(third)); err != nil {
+		t.Fatal(err)
+	}
+	manifest, err := os.ReadFile(filepath.Join(third, "manifest.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(foreign, "manifest.json"), bytes.ReplaceAll(manifest, []byte(parts[1]), []byte(other)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d.start()
+	keeps(second, third)
+}
+
+// An app that was deleted while no daemon looked leaves nothing, once the instance
+// has ended that was taken over from before and stands on its checkpoint.
+func TestCheckpoint_GoesWithAnAppThatWasDeletedMeanwhile(t *testing.T) {
+	d := newSaver(t)
+	d.deployFile("app", sluggish(t), "start: checkpoint\nenv: {LINGER: 2s}\n")
+	d.expect("app.localhost", "/", "hello")
+	d.saved("app")
+	d.asleep("app")
+	d.expect("app.localhost", "/", "hello")
+	pid := d.started("app", fleet.CheckpointStart).PID
+	d.stop()
+	s, err := etcd.OpenEmbedded(t.Context(), filepath.Join(d.dir, "data/etcd"), slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = s.Commit(t.Context(), store.DeleteApp("app", store.AnyRev))
+	if err := errors.Join(err, s.Close()); err != nil {
+		t.Fatal(err)
+	}
+	d.start()
+	d.until("it is to go", func() bool { return len(d.stored("kept/app.*/doomed.json")) == 1 })
+	if err := unix.Kill(pid, 0); err != nil || len(d.stored("kept/app.*/content/images/pages-1.img")) != 1 {
+		t.Errorf("its instance: %v, on %q", err, d.stored("kept/*/*"))
+	}
+	d.until("nothing is left", func() bool { return len(d.stored("*/*")) == 0 })
 }
 
 // What a restore finds changed, as a file on a volume that the program has

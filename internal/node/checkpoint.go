@@ -5,13 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/netip"
 	"os"
 	"strings"
-	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/fastcontainer/fastcontainer/internal/checkpoint"
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
@@ -23,6 +23,7 @@ const (
 	causeUnsaved   = "its processes cannot be saved: its starts stay cold"
 	causeUnroomed  = "there is no room for its saved processes"
 	causeUnrestore = "its saved processes cannot be restored: a cold start instead, and from now on"
+	causeMissed    = "its saved processes could not be restored this time: a cold start instead"
 	causeDamaged   = "its saved processes are damaged: a cold start instead"
 )
 
@@ -32,20 +33,31 @@ const (
 	restoredReady = 10 * time.Second
 	// roomAgain is how long nothing is saved after there was no room.
 	roomAgain = 10 * time.Minute
+	// lookWait is the longest that a start waits until it is known whether this
+	// host restores: the daemon began a moment ago.
+	lookWait = 500 * time.Millisecond
 )
 
 // saver is the runtime that can save a revision's processes, and the key of
-// its checkpoint; nil: there is none.
-func (n *Node) saver(rev fleet.Revision) (sandbox.Checkpointer, string) {
+// its checkpoint; nil: there is none. An error says that what it needs is missing
+// (doctor says why), or was not looked at before ctx ended.
+func (n *Node) saver(ctx context.Context, rev fleet.Revision) (sandbox.Checkpointer, string, error) {
 	c, ok := n.cfg.Runtimes[rev.Spec.Isolation.Runtime].(sandbox.Checkpointer)
 	if !ok || n.cfg.Checkpoints == nil {
-		return nil, ""
+		return nil, "", nil
 	}
-	host, err := c.CheckpointHost()
+	host, err := c.CheckpointHost(ctx)
 	if err != nil {
-		return nil, "" // doctor says why
+		return nil, "", err
 	}
-	return c, checkpoint.Key(host, rev.Image, rev.ID, rev.Spec)
+	return c, checkpoint.Key(host, rev.Image, rev.ID, rev.Spec), nil
+}
+
+// SavedKey is the key of a revision's checkpoint on this host, whether there is
+// one or not; "": its runtime makes none. An error says that it cannot be known now.
+func (n *Node) SavedKey(ctx context.Context, rev fleet.Revision) (string, error) {
+	_, key, err := n.saver(ctx, rev)
+	return key, err
 }
 
 // Save makes a checkpoint of a revision: its processes are started once more,
@@ -53,8 +65,10 @@ func (n *Node) saver(rev fleet.Revision) (sandbox.Checkpointer, string) {
 // size; 0: there is none, which is no error, and said in an event if it is new.
 // One is made at a time.
 func (n *Node) Save(ctx context.Context, rev fleet.Revision, cause string, inputs map[string]float64) fleet.Bytes {
-	c, key := n.saver(rev)
-	if c == nil {
+	looking, stop := context.WithTimeout(ctx, savingTime)
+	defer stop()
+	c, key, err := n.saver(looking, rev)
+	if err != nil || c == nil {
 		return 0
 	}
 	select {
@@ -73,6 +87,8 @@ func (n *Node) Save(ctx context.Context, rev fleet.Revision, cause string, input
 	}
 	e := fleet.Event{Time: time.Now(), Type: fleet.EventCheckpoint, App: rev.App, Revision: rev.ID, Node: n.cfg.Name, Cause: cause, Inputs: inputs}
 	id := fleet.NewInstanceID(rev.App)
+	n.setSaving(id)
+	defer n.setSaving("")
 	log := n.logPath(id)
 	began := time.Now()
 	err = n.cfg.Checkpoints.Make(ctx, rev.App, key, func(dir string) error { return n.capture(ctx, c, id, rev, dir) })
@@ -80,7 +96,7 @@ func (n *Node) Save(ctx context.Context, rev fleet.Revision, cause string, input
 	case err == nil:
 	case ctx.Err() != nil || errors.Is(err, fleet.ErrConflict): // the app was deleted
 		return 0
-	case errors.Is(err, fleet.ErrOverloaded) || errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT):
+	case scarce(err):
 		n.unroomed = time.Now()
 		e.Cause, e.Detail = causeUnroomed, withHint(err)
 		n.cfg.Events(e)
@@ -102,6 +118,24 @@ func (n *Node) Save(ctx context.Context, rev fleet.Revision, cause string, input
 	e.Detail = fmt.Sprintf("%s in %s", found.Size(), time.Since(began).Round(time.Millisecond))
 	n.cfg.Events(e)
 	return found.Size()
+}
+
+// setSaving names the instance that is saved, whose log is written to.
+func (n *Node) setSaving(id fleet.InstanceID) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.saving = id
+}
+
+// scarce tells whether an error says that something of the machine is used up,
+// and nothing about an app.
+func scarce(err error) bool {
+	for _, e := range []error{fleet.ErrOverloaded, unix.ENOSPC, unix.EDQUOT, unix.ENOMEM, unix.EMFILE, unix.ENFILE, unix.EAGAIN, unix.EINTR} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
 }
 
 // refuse remembers that a checkpoint is of no use.
@@ -132,18 +166,18 @@ func (n *Node) capture(ctx context.Context, c sandbox.Checkpointer, id fleet.Ins
 	ctx, cancel := context.WithTimeoutCause(ctx, rev.Spec.Ready.Timeout.Std()+savingTime, errNotReady)
 	defer cancel()
 	o := sandbox.Capture{Port: rev.Spec.Port, Ready: func(ctx context.Context, a netip.Addr) error {
-		return listens(ctx, addrPort(a, rev.Spec.Port).String())
+		return n.listens(ctx, addrPort(a, rev.Spec.Port).String())
 	}}
 	if rev.Spec.Warm != "" {
 		o.Warm = func(ctx context.Context, a netip.Addr) error {
-			return warm(ctx, addrPort(a, rev.Spec.Port).String(), rev.Spec)
+			return n.warm(ctx, addrPort(a, rev.Spec.Port).String(), rev.Spec)
 		}
 	}
 	return c.Checkpoint(ctx, want, o, dir)
 }
 
 // warm asks an app's own path once.
-func warm(ctx context.Context, addr string, s fleet.Spec) error {
+func (n *Node) warm(ctx context.Context, addr string, s fleet.Spec) error {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+s.Warm, nil)
 	if err != nil {
 		return err
@@ -151,7 +185,7 @@ func warm(ctx context.Context, addr string, s fleet.Spec) error {
 	req.Host, req.Close = firstHost(s), true
 	req.Header.Set("User-Agent", "fastcontainer-warm")
 	// Of its own, so that no connection is kept.
-	resp, err := (&http.Transport{DisableKeepAlives: true, Proxy: nil}).RoundTrip(req)
+	resp, err := (&http.Transport{DialContext: n.dialer(time.Second).DialContext, DisableKeepAlives: true}).RoundTrip(req)
 	if err != nil {
 		return err
 	}
@@ -173,8 +207,8 @@ const (
 // listens waits until somebody accepts connections there. Nobody is in a
 // hurry, and a program that is caught in listen(2) accepts, too: it has to be
 // seen twice.
-func listens(ctx context.Context, addr string) error {
-	dialer := net.Dialer{Timeout: time.Second}
+func (n *Node) listens(ctx context.Context, addr string) error {
+	dialer := n.dialer(time.Second)
 	timer := time.NewTicker(200 * time.Millisecond)
 	defer timer.Stop()
 	for seen := 0; ; {
@@ -196,19 +230,31 @@ func listens(ctx context.Context, addr string) error {
 }
 
 // restore starts an instance from saved processes, if there are some. Without
-// an error and without a container it is to be started anew.
+// an error and without a container it is to be started anew. Only what is of no use
+// is not tried again: what the machine lacks will be there another time.
 func (n *Node) restore(ctx context.Context, i *Instance, want sandbox.Spec, stages *fleet.Stages) error {
-	c, key := n.saver(i.rev)
-	if c == nil {
+	if n.cfg.Checkpoints == nil || !n.cfg.Checkpoints.Has(i.rev.App) {
 		return nil
 	}
+	looking, stop := context.WithTimeout(ctx, lookWait)
+	c, key, err := n.saver(looking, i.rev)
+	stop()
+	if err != nil || c == nil || n.paused(key) {
+		return nil //nolint:nilerr // it is started anew
+	}
 	saved, err := n.cfg.Checkpoints.Find(i.rev.App, key)
-	if errors.Is(err, checkpoint.ErrDamaged) {
+	switch {
+	case err == nil:
+	case errors.Is(err, checkpoint.ErrNone) || errors.Is(err, checkpoint.ErrRefused):
+		return nil
+	case errors.Is(err, checkpoint.ErrDamaged):
 		n.event(i, fleet.EventCheckpoint, causeDamaged, err.Error())
+		return nil
+	default:
+		n.event(i, fleet.EventCheckpoint, causeMissed, err.Error())
+		return nil
 	}
-	if err != nil {
-		return nil //nolint:nilerr // there is none
-	}
+	began := time.Now()
 	limited, cancel := context.WithTimeoutCause(ctx, restoredReady, errNotReady)
 	defer cancel()
 	box, err := c.Restore(limited, want, saved.Dir())
@@ -216,6 +262,7 @@ func (n *Node) restore(ctx context.Context, i *Instance, want sandbox.Spec, stag
 		i.box = box
 		i.become(fleet.CheckpointStart)
 		if err = n.settle(limited, i, stages); err == nil {
+			n.unpause(key)
 			i.saved, i.release = key, both(i.release, saved.Release)
 			n.tellRestored(i)
 			return nil
@@ -231,9 +278,48 @@ func (n *Node) restore(ctx context.Context, i *Instance, want sandbox.Spec, stag
 		return context.Cause(ctx)
 	}
 	n.metrics.started(err, stages, fleet.CheckpointStart)
+	if !errors.Is(err, sandbox.ErrUnrestorable) {
+		n.event(i, fleet.EventCheckpoint, causeMissed, withHint(err))
+		n.pause(key, time.Since(began))
+		return nil
+	}
 	n.event(i, fleet.EventCheckpoint, causeUnrestore, withHint(err))
 	n.refuse(i.rev.App, key, err)
 	return nil
+}
+
+// pause is for how long a checkpoint is left alone whose restores failed, in a row,
+// for reasons of the moment.
+type pause struct {
+	failed int
+	until  time.Time
+}
+
+func (n *Node) paused(key string) bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return time.Now().Before(n.pauses[key].until)
+}
+
+// pause leaves a checkpoint alone for twice the time that a restore took to
+// fail, and for twice as long each further time: should the reason not pass, few
+// visitors wait for it. Those that fail together count once.
+func (n *Node) pause(key string, took time.Duration) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	p, now := n.pauses[key], time.Now()
+	if now.Before(p.until) {
+		return
+	}
+	p.failed = min(p.failed+1, 16)
+	p.until = now.Add(took << p.failed)
+	n.pauses[key] = p
+}
+
+func (n *Node) unpause(key string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	delete(n.pauses, key)
 }
 
 // tellRestored sends the signal that the app asked for.

@@ -68,8 +68,9 @@ func (n *Node) pruneLogs(app fleet.AppName) {
 	}
 	n.mu.Lock()
 	files = slices.DeleteFunc(files, func(p string) bool {
-		_, live := n.instances[fleet.InstanceID(strings.TrimSuffix(filepath.Base(p), ".log"))]
-		return live
+		id := fleet.InstanceID(strings.TrimSuffix(filepath.Base(p), ".log"))
+		_, live := n.instances[id]
+		return live || id == n.saving
 	})
 	n.mu.Unlock()
 	for _, p := range files[:max(0, len(files)-keptLogs)] {

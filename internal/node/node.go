@@ -84,6 +84,8 @@ type Node struct {
 
 	mu        sync.Mutex
 	instances map[fleet.InstanceID]*Instance
+	saving    fleet.InstanceID // is started to be saved, and no instance
+	pauses    map[string]pause // by the checkpoint's key
 }
 
 // New makes a node. The directories are made if they do not exist.
@@ -93,7 +95,7 @@ func New(c Config) (*Node, error) {
 			return nil, fmt.Errorf("make directory of the node: %w", err)
 		}
 	}
-	n := &Node{cfg: c, closing: make(chan struct{}), saves: make(chan struct{}, 1), vitals: newVitals(c), instances: map[fleet.InstanceID]*Instance{}}
+	n := &Node{cfg: c, closing: make(chan struct{}), saves: make(chan struct{}, 1), vitals: newVitals(c), instances: map[fleet.InstanceID]*Instance{}, pauses: map[string]pause{}}
 	var err error
 	if n.metrics, err = newMetrics(c.Registerer, n); err != nil {
 		return nil, err
@@ -199,7 +201,7 @@ func (n *Node) Start(ctx context.Context, o Order) (*Instance, error) {
 	rev := o.Revision
 	id := fleet.NewInstanceID(rev.App)
 	i := &Instance{
-		node: n, rev: rev, stopped: make(chan struct{}), release: func() {}, limits: o.Limits,
+		node: n, rev: rev, stopped: make(chan struct{}), release: func() {}, limits: o.Limits.Over(atRest(rev.Spec.Resources)),
 		info: fleet.Instance{
 			ID: id, App: rev.App, Revision: rev.ID, Image: rev.Image, Node: n.cfg.Name,
 			State: fleet.StateStarting, Kind: fleet.ColdStart, StartedAt: time.Now(),
@@ -242,7 +244,7 @@ func (n *Node) start(ctx context.Context, i *Instance, kind fleet.StartKind, sta
 	i.log = want.Log
 	// A start may use all that it will ever be given: it is soon over, and
 	// somebody waits for it.
-	resting := i.limits.Over(want.Limits)
+	resting := i.Limits()
 	want.Limits = resting
 	want.Limits.CPU = max(resting.CPU, spec.Resources.CPU.Peak)
 	want.Limits.Memory = max(resting.Memory, spec.Resources.Memory.Peak)

@@ -18,6 +18,11 @@ import (
 	"github.com/fastcontainer/fastcontainer/internal/sandbox"
 )
 
+// dialer connects to instances.
+func (n *Node) dialer(timeout time.Duration) *net.Dialer {
+	return &net.Dialer{Timeout: timeout, Control: n.cfg.Control}
+}
+
 // errNotReady is the cause of a start that took longer than ready.timeout.
 var errNotReady = errors.New("not ready in time")
 
@@ -53,7 +58,7 @@ func (i *Instance) awaitReady(ctx context.Context) error {
 		// The kernel answers for a listening program, so no answer means that the
 		// packet was lost on an interface that is just coming up. TCP itself
 		// would wait a second before it sends another.
-		dialer := net.Dialer{Control: i.node.cfg.Control, Timeout: min(max(10*time.Millisecond, time.Since(began)), time.Second)}
+		dialer := i.node.dialer(min(max(10*time.Millisecond, time.Since(began)), time.Second))
 		conn, err := dialer.DialContext(ctx, "tcp", addr)
 		if err == nil {
 			if i.rev.Spec.Ready.HTTP == "" {

@@ -28,11 +28,9 @@ func (n *Node) sandboxSpec(id fleet.InstanceID, rev fleet.Revision, img image.Im
 		Args: Args(s, img.Config), Dir: firstOf(s.Workdir, img.Config.WorkingDir, "/"), User: firstOf(s.User, img.Config.User),
 		UserNS: s.Isolation.UserNS, ReadonlyRoot: s.Isolation.Readonly, Seccomp: s.Isolation.Seccomp,
 		CapAdd: s.Isolation.Capabilities.Add, CapDrop: s.Isolation.Capabilities.Drop,
-		Disk: s.Resources.Disk,
-		Limits: sandbox.Limits{
-			CPU: s.Resources.CPU.Rest, CPUWeight: 100, Memory: s.Resources.Memory.Rest, PIDs: s.Resources.PIDs,
-		},
-		Log: n.logPath(id),
+		Disk:   s.Resources.Disk,
+		Limits: atRest(s.Resources),
+		Log:    n.logPath(id),
 	}
 	if err := os.MkdirAll(filepath.Dir(out.Log), 0o700); err != nil {
 		return out, fmt.Errorf("make directory for logs: %w", err)
@@ -52,6 +50,11 @@ func (n *Node) sandboxSpec(id fleet.InstanceID, rev fleet.Revision, img image.Im
 		out.Mounts = append(out.Mounts, sandbox.Mount{Source: source, Target: v.Mount, Readonly: v.Readonly})
 	}
 	return out, nil
+}
+
+// atRest are the limits of an instance without load.
+func atRest(r fleet.Resources) sandbox.Limits {
+	return sandbox.Limits{CPU: r.CPU.Rest, CPUWeight: 100, Memory: r.Memory.Rest, PIDs: r.PIDs}
 }
 
 // Args is what an app runs.

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/checkpoint-restore/go-criu/v8/rpc"
@@ -161,6 +162,9 @@ func (c *container) dump(ctx context.Context, dir string) error {
 	if about.Ghosts, about.Links, err = criu.TakeGhosts(images, filepath.Join(dir, ghostsDir)); err != nil {
 		return err
 	}
+	if err := criu.Lost(images); err != nil {
+		return err
+	}
 	text, err := json.Marshal(about)
 	if err != nil {
 		return err
@@ -292,23 +296,32 @@ func saveFiles(disk *writable, uids uidRange, dir string) error {
 	if err := continuity.CopyDir(dir, fmt.Sprintf("/proc/self/fd/%d/upper", disk.fd)); err != nil {
 		return err
 	}
-	return filepath.WalkDir(dir, func(name string, d fs.DirEntry, err error) error {
+	top, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = top.Close() }()
+	return filepath.WalkDir(dir, func(name string, _ fs.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
-		var st unix.Stat_t
-		if err := unix.Lstat(name, &st); err != nil {
+		if name, err = filepath.Rel(dir, name); err != nil {
 			return err
 		}
+		info, err := top.Lstat(name)
+		if err != nil {
+			return err
+		}
+		st := info.Sys().(*syscall.Stat_t) //nolint:forcetypeassert // Linux's
 		uid, gid := int(st.Uid)-int(uids.base), int(st.Gid)-int(uids.base)
 		if uid < 0 || gid < 0 { // the host's: a whiteout
 			return nil
 		}
-		if err := os.Lchown(name, uid, gid); err != nil {
+		if err := top.Lchown(name, uid, gid); err != nil {
 			return err
 		}
-		if st.Mode&(unix.S_ISUID|unix.S_ISGID) != 0 && d.Type().IsRegular() { // chown takes them away
-			return unix.Chmod(name, st.Mode&0o7777)
+		if info.Mode()&(fs.ModeSetuid|fs.ModeSetgid) != 0 && info.Mode().IsRegular() { // chown takes them away
+			return top.Chmod(name, info.Mode())
 		}
 		return nil
 	})

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
+	"github.com/fastcontainer/fastcontainer/internal/sandbox/criu"
 )
 
 // testCRIU is where hack/criu.sh puts it.
@@ -219,6 +220,9 @@ func TestCheckpoint_OfEveryShape(t *testing.T) {
 		"deleted file": func(s *Spec) {
 			s.Args[2] = "exec 5>/deleted; busybox rm /deleted; echo x >&5; exec 6>/linked; busybox ln /linked /other; busybox rm /linked; " + s.Args[2]
 		},
+		"files of others": func(s *Spec) {
+			s.Args[2] = "f=$(busybox printf '/www/\\377'); mkdir /www; echo > $f; busybox chown 5:6 $f; busybox chmod 4755 $f; busybox ln -s /none /www/link; busybox chown -h 7:8 /www/link; busybox httpd -f -p 8080 -h /"
+		},
 		"unix socket":    func(s *Spec) { s.Args[2] = "busybox syslogd -n -O /messages & " + s.Args[2] },
 		"many processes": func(s *Spec) { s.Args[2] = "for i in 1 2 3 4 5 6 7 8; do sleep 1000 & done; " + s.Args[2] },
 		"pipe":           func(s *Spec) { s.Args[2] = "sleep 1000 | cat & " + s.Args[2] },
@@ -246,6 +250,11 @@ func TestCheckpoint_OfEveryShape(t *testing.T) {
 				got := within(t, c, "cat /proc/1/fd/5; ls -A / | busybox grep -c restored; ls / | busybox grep -c link_remap; cat /other; true")
 				if got != "x\n0\n0\n" {
 					t.Errorf("its deleted files: %q", got)
+				}
+			}
+			if name == "files of others" {
+				if got := within(t, c, "busybox stat -c %a.%u.%g /www/*"); got != "777.7.8\n4755.5.6\n" {
+					t.Errorf("they are %q", got)
 				}
 			}
 			if name == "open file on a volume" {
@@ -348,12 +357,59 @@ func TestRestore_DamagedImagesLeaveNothing(t *testing.T) {
 				destroy(t, c)
 				t.Fatal("it was restored")
 			}
+			// What CRIU does not see is found by checksums before.
+			if name != "pages cut off" && name != "images missing" && !errors.Is(err, ErrUnrestorable) {
+				t.Errorf("as if it were of this moment: %v", err)
+			}
 			t.Log(err)
 			if left := processesIn(t, checkpointGroup); len(left) > 0 {
 				t.Errorf("left behind: %v", left)
 			}
 		})
 	}
+}
+
+// What the machine lacks says nothing about what was saved.
+func TestRestore_OfTheMoment(t *testing.T) {
+	n, spec := openForCheckpoints(t), serves(t)
+	spec.Args[2] = "for i in 1 2 3 4 5 6 7 8; do sleep 1000 & done; " + spec.Args[2]
+	dir := save(t, n, spec)
+	for name, lack := range map[string]func(*Spec){
+		"processes":      func(s *Spec) { s.Limits.PIDs = 5 },
+		"memory":         func(s *Spec) { s.Limits.Memory = 1 << 20 },
+		"a volume":       func(s *Spec) { s.Mounts = []Mount{{Source: "/none", Target: "/data"}} },
+		"a log":          func(s *Spec) { s.Log = "/none/log" },
+		"time":           func(s *Spec) {},
+		"a user's range": func(s *Spec) { n.uids, s.UserNS = newUIDRanges(536870912, 0), true },
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, uids := another(t, spec, "b"), n.uids
+			lack(&s)
+			defer func() { n.uids = uids }()
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			if name == "time" {
+				cancel()
+			}
+			c, err := n.Restore(ctx, s, dir)
+			if err == nil {
+				destroy(t, c)
+				t.Fatal("it was restored")
+			}
+			if errors.Is(err, ErrUnrestorable) {
+				t.Error(err)
+			}
+			t.Log(err)
+			if left := processesIn(t, checkpointGroup); len(left) > 0 {
+				t.Errorf("left behind: %v", left)
+			}
+		})
+	}
+	c, err := n.Restore(t.Context(), another(t, spec, "b"), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	destroy(t, c)
 }
 
 func TestRestore_Canceled(t *testing.T) {
@@ -411,8 +467,7 @@ func TestCheckpointHost_SaysWhyThereIsNone(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		<-n.saver.looked
-		_, err = n.CheckpointHost()
+		_, err = n.CheckpointHost(t.Context()) // waits until CRIU was looked at
 		if !errors.Is(err, fleet.ErrUnavailable) || !strings.Contains(err.Error(), want) || fleet.Hint(err) == "" {
 			t.Errorf("%q: %v, hint %q; want %q", path, err, fleet.Hint(err), want)
 		}
@@ -421,6 +476,22 @@ func TestCheckpointHost_SaysWhyThereIsNone(t *testing.T) {
 		}
 		if err := n.Close(); err != nil {
 			t.Error(err)
+		}
+	}
+}
+
+// Just after Open it is waited for CRIU, as long as the context lasts.
+func TestCheckpointHost_WaitsForTheLook(t *testing.T) {
+	n := &Native{saver: &saver{looked: make(chan struct{}), Program: &criu.Program{Version: "4.2"}}}
+	short, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	if host, err := n.CheckpointHost(short); !errors.Is(err, fleet.ErrUnavailable) || !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("%q, %v", host, err)
+	}
+	time.AfterFunc(10*time.Millisecond, func() { close(n.saver.looked) })
+	for _, ctx := range []context.Context{t.Context(), short} { // what is known is told at any time
+		if host, err := n.CheckpointHost(ctx); err != nil || !strings.HasSuffix(host, "CRIU 4.2") {
+			t.Errorf("%q, %v", host, err)
 		}
 	}
 }

@@ -44,6 +44,15 @@ func playDaemon() error {
 	if err != nil {
 		return err
 	}
+	if program := os.Getenv("SANDBOX_TEST_CRIU"); program != "" {
+		n.saver = newSaver(program)
+		w, err := n.employ(ctx, &errand{})
+		if err != nil {
+			return err
+		}
+		fmt.Println(w.pid)
+		select {}
+	}
 	root, log := os.Getenv("SANDBOX_TEST_ROOT"), os.Getenv("SANDBOX_TEST_LOG")
 	c, err := n.Start(ctx, testSpec(root, log, "echo one; trap 'echo two; exit 7' TERM; while true; do sleep 0.01; done"))
 	if err != nil {
@@ -130,6 +139,55 @@ func TestNative_KilledDaemonLeavesOnlyWhatCanBeAdopted(t *testing.T) {
 		if left := processesIn(t, group); len(left) != 0 {
 			t.Errorf("round %d: left behind: %v", round, left)
 		}
+	}
+}
+
+// A CRIU that saves for a daemon that is killed ends before the next one looks
+// at what is saved. Here it stands still, and so would go on for ever.
+func TestOpen_EndsWhatSavesForAnEarlierDaemon(t *testing.T) {
+	const group = "/fastcontainer-test-saver"
+	daemon := exec.Command(os.Args[0])
+	daemon.Env = append(os.Environ(), "SANDBOX_TEST_DAEMON="+group, "SANDBOX_TEST_CRIU="+testCRIU)
+	daemon.Stderr = os.Stderr
+	out, err := daemon.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := daemon.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var pid int
+	if _, err := fmt.Fscan(out, &pid); err != nil {
+		t.Fatalf("the daemon did not start CRIU: %v", err)
+	}
+	worker, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Close(worker) }()
+	if err := unix.PidfdSendSignal(worker, unix.SIGSTOP, nil, 0); err != nil {
+		t.Fatal(err)
+	}
+	_ = daemon.Process.Kill()
+	_ = daemon.Wait()
+	ended := func() bool { return pollNow([]unix.PollFd{{Fd: int32(worker), Events: unix.POLLIN}}) }
+	if ended() {
+		t.Fatal("it ended with its daemon, so nothing is tested")
+	}
+	n, err := Open(t.Context(), Config{Cgroup: group, Pool: -1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = n.Close() }()
+	if !ended() {
+		_ = unix.PidfdSendSignal(worker, unix.SIGKILL, nil, 0)
+		t.Error("it goes on")
+	}
+	if _, err := n.Clean(t.Context(), nil); err != nil { // what was prepared ahead
+		t.Error(err)
+	}
+	if left := processesIn(t, group); len(left) != 0 {
+		t.Errorf("left behind: %v", left)
 	}
 }
 

@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -22,8 +23,8 @@ import (
 
 // errand is what one process of CRIU is started for.
 type errand struct {
-	// sandbox that it works for, with root's rights there and nowhere else; nil:
-	// it has the daemon's, and is in no container's cgroup.
+	// sandbox that it works for, with root's rights there and nowhere else, in its
+	// cgroup; nil: it has the daemon's rights, and a cgroup of its own.
 	sandbox *prepared
 	// fds go along, the first as criuFD, and stay open in what it restores
 	// unless it closes them.
@@ -40,6 +41,48 @@ type worker struct {
 	pid   int
 	ended chan struct{}
 	said  *os.File // its standard error
+	leave func()   // removes its cgroup
+}
+
+// ownGroup begins the names of the cgroups of CRIUs that save. What is in them when
+// a daemon begins writes for one that was killed, see endSavers.
+const ownGroup = "criu-"
+
+// newGroup makes a cgroup for a CRIU that saves; leave ends what is in it, and
+// removes it.
+func (n *Native) newGroup() (g *cgroup.Group, leave func(), err error) {
+	g = n.cgroups.Group(ownGroup + strings.ToLower(rand.Text()[:10]))
+	n.own(g.Name())
+	leave = func() {
+		ctx, cancel := context.WithTimeout(context.Background(), destroyTimeout)
+		defer cancel()
+		if err := g.Remove(ctx); err != nil {
+			n.log.Warn("remove cgroup of CRIU", "error", err)
+			return
+		}
+		n.mu.Lock()
+		delete(n.names, g.Name())
+		n.mu.Unlock()
+	}
+	if err := g.Create(); err != nil {
+		leave()
+		return nil, func() {}, err
+	}
+	return g, leave, nil
+}
+
+// endSavers ends what an earlier daemon started to save processes. When it
+// returns none of that writes any more.
+func (n *Native) endSavers(ctx context.Context) error {
+	groups, err := n.cgroups.List()
+	errs := []error{err}
+	for _, name := range groups {
+		if strings.HasPrefix(name, ownGroup) {
+			g := n.cgroups.Group(name)
+			errs = append(errs, g.Kill(), g.Remove(ctx))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // employ starts a CRIU.
@@ -48,7 +91,7 @@ func (n *Native) employ(ctx context.Context, e *errand) (_ *worker, err error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &worker{ended: make(chan struct{})}
+	w := &worker{ended: make(chan struct{}), leave: func() {}}
 	conn, theirs, err := criu.Pipe()
 	if err != nil {
 		return nil, err
@@ -66,20 +109,23 @@ func (n *Native) employ(ctx context.Context, e *errand) (_ *worker, err error) {
 		if err == nil {
 			return
 		}
-		if m != nil {
+		if m != nil { // it may be CRIU already
 			m.close()
-			<-w.ended
+			w.pid = m.pid
+			w.kill()
+			return
 		}
 		_ = conn.Close()
 		_ = w.said.Close()
+		w.leave()
 	}()
 	var group *cgroup.Group
 	if e.sandbox != nil {
 		group = e.sandbox.group
-		m, err = n.spawnInto(ctx, group, 0, func(status, bool) { close(w.ended) })
-	} else {
-		m, err = n.spawn(ctx, nil, 0, -1, func(status, bool) { close(w.ended) })
+	} else if group, w.leave, err = n.newGroup(); err != nil {
+		return nil, fmt.Errorf("start CRIU: %w", err)
 	}
+	m, err = n.spawnInto(ctx, group, 0, func(status, bool) { close(w.ended) })
 	if err != nil {
 		return nil, fmt.Errorf("start CRIU: %w", err)
 	}
@@ -130,8 +176,8 @@ func (w *worker) log() string {
 	return string(b)
 }
 
-// leave is how long a CRIU that has done its work may take to end.
-const leave = time.Second
+// parting is how long a CRIU that has done its work may take to end.
+const parting = time.Second
 
 // done returns when the worker has ended, after an order that it fulfilled.
 func (w *worker) done() {
@@ -139,7 +185,8 @@ func (w *worker) done() {
 	select {
 	case <-w.ended:
 		_ = w.said.Close()
-	case <-time.After(leave):
+		w.leave()
+	case <-time.After(parting):
 		w.kill()
 	}
 }
@@ -155,6 +202,7 @@ func (w *worker) kill() {
 		<-w.ended
 	}
 	_ = w.said.Close()
+	w.leave()
 }
 
 // saver is this host's CRIU, once it was looked at.
@@ -183,13 +231,19 @@ func newSaver(path string) *saver {
 	return s
 }
 
-// wait gives CRIU, or why there is none.
+// wait gives CRIU, or why there is none. What is known is told also when ctx has
+// ended.
 func (s *saver) wait(ctx context.Context) (*criu.Program, error) {
 	select {
 	case <-s.looked:
 		return s.Program, s.err
+	default:
+	}
+	select {
+	case <-s.looked:
+		return s.Program, s.err
 	case <-ctx.Done():
-		return nil, context.Cause(ctx)
+		return nil, &fleet.Error{Op: "save processes", Kind: fleet.ErrUnavailable, Err: fmt.Errorf("CRIU is still being looked at: %w", context.Cause(ctx)), Hint: "try again in a second"}
 	}
 }
 
@@ -201,24 +255,17 @@ func (s *saver) close() {
 	}
 }
 
-var errLooking = &fleet.Error{Op: "save processes", Kind: fleet.ErrUnavailable, Err: errors.New("CRIU is still being looked at"), Hint: "try again in a second"}
-
-// CheckpointHost implements Checkpointer. It does not wait until CRIU was
-// looked at.
-func (n *Native) CheckpointHost() (string, error) {
-	select {
-	case <-n.saver.looked:
-	default:
-		return "", errLooking
-	}
-	if n.saver.err != nil {
-		return "", n.saver.err
+// CheckpointHost implements Checkpointer.
+func (n *Native) CheckpointHost(ctx context.Context) (string, error) {
+	program, err := n.saver.wait(ctx)
+	if err != nil {
+		return "", err
 	}
 	host, err := hostKey()
 	if err != nil {
 		return "", err
 	}
-	return host + " CRIU " + n.saver.Version, nil
+	return host + " CRIU " + program.Version, nil
 }
 
 // hostKey names the kernel and the processor's features, which do not change

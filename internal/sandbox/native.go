@@ -101,8 +101,9 @@ type Native struct {
 const destroyTimeout = 20 * time.Second
 
 // Open makes the native runtime ready: it builds the init program, makes the
-// root cgroup. Sandboxes are prepared ahead from the first Clean or Start on:
-// what is to be adopted must have its addresses and uids first.
+// root cgroup, and ends what an earlier daemon left that writes checkpoints.
+// Sandboxes are prepared ahead from the first Clean or Start on: what is to be
+// adopted must have its addresses and uids first.
 func Open(ctx context.Context, c Config) (*Native, error) {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
@@ -134,6 +135,11 @@ func Open(ctx context.Context, c Config) (*Native, error) {
 	}
 	if n.cgroups, err = cgroup.Open(c.Cgroup); err != nil {
 		return nil, err
+	}
+	ending, cancel := context.WithTimeout(ctx, destroyTimeout)
+	defer cancel()
+	if eerr := n.endSavers(ending); eerr != nil {
+		n.log.Warn("end CRIU of an earlier daemon", "error", eerr)
 	}
 	if n.reaper, err = newReaper(c.Logger); err != nil {
 		return nil, err

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -87,6 +88,9 @@ func (c *container) restore(ctx context.Context, began time.Time, dir string) er
 	}, h.worker.log)
 	if err != nil {
 		h.worker.kill()
+		if errors.Is(err, criu.ErrRefused) && p.group.OOMKills() == 0 {
+			err = fmt.Errorf("%w: %w", ErrUnrestorable, err)
+		}
 		return err
 	}
 	c.n.background.Go(h.worker.done)
@@ -153,13 +157,18 @@ func (c *container) hire(ctx context.Context, dir string, about saved) (_ <-chan
 
 func readSaved(dir string) (about saved, err error) {
 	text, err := os.ReadFile(filepath.Join(dir, savedFile)) //nolint:gosec // ours
+	damaged := errors.Is(err, fs.ErrNotExist)
 	if err == nil {
 		err = json.Unmarshal(text, &about)
+		damaged = err != nil
 	}
 	if err != nil {
-		return about, fmt.Errorf("read checkpoint: %w", err)
+		err = fmt.Errorf("read checkpoint: %w", err)
 	}
-	return about, nil
+	if damaged {
+		err = fmt.Errorf("%w: %w", ErrUnrestorable, err)
+	}
+	return about, err
 }
 
 // replace makes a restored process the container's first one. The machine that

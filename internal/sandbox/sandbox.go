@@ -224,12 +224,18 @@ type Checkpointer interface {
 	Checkpoint(ctx context.Context, spec Spec, o Capture, dir string) error
 	// Restore makes a container from what Checkpoint saved of the same spec,
 	// but for its ID, Log and Limits. It returns when its processes run.
+	// ErrUnrestorable: it never will. Any other error is of this moment.
 	Restore(ctx context.Context, spec Spec, dir string) (Sandbox, error)
 	// CheckpointHost names what a checkpoint depends on beside its spec: the
 	// kernel, the processor, CRIU. An error (fleet.ErrUnavailable) says with a
-	// hint why this host makes none.
-	CheckpointHost() (string, error)
+	// hint why this host makes none. After Open it waits for a moment, until CRIU
+	// was looked at or ctx ends.
+	CheckpointHost(ctx context.Context) (string, error)
 }
+
+// ErrUnrestorable is returned by Restore for what was saved and is of no use: CRIU
+// says so, or it is damaged.
+var ErrUnrestorable = errors.New("what was saved is of no use")
 
 // Capture says when to save a container's processes.
 type Capture struct {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 
 	core "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
@@ -63,6 +64,44 @@ func Share(dir string, pid int) error {
 		}
 		return nil
 	}))
+}
+
+// Lost is an error if processes have what an image does not give back to them,
+// because it lies in what a sandbox brings along. Their deleted files were taken
+// before (TakeGhosts).
+func Lost(dir string) error {
+	lost := func(what string) error {
+		return fmt.Errorf("its processes use %s, which cannot be saved", what)
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("read images: %w", err)
+	}
+	for _, e := range entries { // CRIU writes these if there are some
+		switch name := e.Name(); {
+		case strings.HasPrefix(name, "ipcns-shm-"):
+			return lost("System V shared memory")
+		case strings.HasPrefix(name, "ipcns-sem-"):
+			return lost("System V semaphores")
+		case strings.HasPrefix(name, "ipcns-msg-"):
+			return lost("System V message queues")
+		}
+	}
+	file := ""
+	err = edit(filepath.Join(dir, "files.img"), filesMagic, func(b []byte) ([]byte, error) {
+		e := &fdinfo.FileEntry{}
+		if err := proto.Unmarshal(b, e); err != nil {
+			return nil, err
+		}
+		if name := e.GetReg().GetName(); strings.HasPrefix(name, "/dev/shm/") {
+			file = name
+		}
+		return b, nil
+	})
+	if err == nil && file != "" {
+		err = lost(file)
+	}
+	return err
 }
 
 // DropFilter takes a seccomp filter off the processes of an image.

@@ -2,12 +2,18 @@ package criu
 
 import (
 	"encoding/binary"
+	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	core "github.com/checkpoint-restore/go-criu/v8/crit/images/criu-core"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/fown"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/regfile"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/seccomp"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -88,6 +94,36 @@ func TestShare_RefusesWhatIsNoImage(t *testing.T) {
 	}
 }
 
+func TestLost(t *testing.T) {
+	file := func(name string) *fdinfo.FileEntry {
+		return &fdinfo.FileEntry{Type: new(fdinfo.FdTypes_REG), Id: new(uint32(1)), Reg: &regfile.RegFileEntry{
+			Id: new(uint32(1)), Flags: new(uint32(0)), Pos: new(uint64(0)), Fown: &fown.FownEntry{Uid: new(uint32(0)), Euid: new(uint32(0)), Signum: new(uint32(0)), PidType: new(uint32(0)), Pid: new(uint32(0))}, Name: &name,
+		}}
+	}
+	for name, c := range map[string]struct {
+		more string // a file beside
+		open string
+		want string
+	}{
+		"usual":             {"ipcns-var-11.img", "/var/log/x", ""},
+		"shared memory":     {"ipcns-shm-11.img", "/x", "System V shared memory"},
+		"semaphores":        {"ipcns-sem-11.img", "/x", "System V semaphores"},
+		"message queues":    {"ipcns-msg-11.img", "/x", "System V message queues"},
+		"a file of memory":  {"pages-1.img", "/dev/shm/x", "/dev/shm/x"},
+		"one that was gone": {"pages-1.img", "/.restored-1", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			write(t, filepath.Join(dir, c.more), nil)
+			write(t, filepath.Join(dir, "files.img"), []uint32{imageMagic, filesMagic}, file(c.open), &fdinfo.FileEntry{Type: new(fdinfo.FdTypes_PIPE), Id: new(uint32(2))})
+			err := Lost(dir)
+			if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
+				t.Errorf("%v, want %q", err, c.want)
+			}
+		})
+	}
+}
+
 // FuzzEdit: whatever is in a file, an edit that changes nothing fails or leaves it as it was.
 func FuzzEdit(f *testing.F) {
 	f.Add([]byte{})
@@ -106,6 +142,23 @@ func FuzzEdit(f *testing.F) {
 			t.Errorf("%x became %x, %v", b, got, err)
 		}
 	})
+}
+
+func TestFailed(t *testing.T) {
+	for log, want := range map[string]error{
+		"": ErrRefused,
+		"(00.1) Error (criu/a.c:1): Head magic doesn't match\n":                                                              ErrRefused,
+		"(00.1) Warn  (criu/a.c:1): Can't allocate: Cannot allocate memory\n(00.2) Error (criu/b.c:2): bad size\n":           ErrRefused,
+		"(00.1) Error (criu/a.c:1): Can't fork for 9: Resource temporarily unavailable\n(00.2) Error (criu/b.c:2): failed\n": unix.EAGAIN,
+		"(00.1) Error (criu/a.c:1): Can't open x: Too many open files\n":                                                     unix.EMFILE,
+		"(00.1) Error (criu/a.c:1): first\n(00.2) Error (criu/b.c:2): Can't write: No space left on device\n":                unix.ENOSPC,
+		"(00.1) Error (criu/a.c:1): Can't map: Cannot allocate memory\n":                                                     unix.ENOMEM,
+	} {
+		err := failed(log)
+		if !errors.Is(err, want) || errors.Is(err, ErrRefused) != errors.Is(want, ErrRefused) {
+			t.Errorf("%q: %v, want %v", log, err, want)
+		}
+	}
 }
 
 func TestBecause(t *testing.T) {

@@ -38,7 +38,9 @@ const answerMax = 64 << 10
 // Order sends a request and waits for its answer. notify, if the request asks
 // for notifications, is called at each stage of it with the first process's pid, as CRIU
 // sees it; an error ends the order. The error of a request that CRIU could not
-// fulfill says what its log tells first.
+// fulfill says what its log tells first. ErrRefused: CRIU can never fulfill it.
+// Any other is of this moment, also where CRIU said no for want of something: with
+// the kernel's error then (unix.ENOMEM and others).
 func Order(ctx context.Context, conn *net.UnixConn, opts *rpc.CriuOpts, kind rpc.CriuReqType, notify func(stage string, pid int) error, log func() string) (*rpc.CriuResp, error) {
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
@@ -52,7 +54,7 @@ func Order(ctx context.Context, conn *net.UnixConn, opts *rpc.CriuOpts, kind rpc
 		case ctx.Err() != nil:
 			return nil, context.Cause(ctx)
 		case err != nil || n == 0:
-			return nil, fmt.Errorf("CRIU ended without an answer%s", because(log()))
+			return nil, fmt.Errorf("CRIU ended without an answer%s", because(log())) // it was killed
 		}
 		resp := &rpc.CriuResp{}
 		if err := resp.UnmarshalVT(buf[:n]); err != nil {
@@ -85,13 +87,23 @@ func send(conn *net.UnixConn, req *rpc.CriuReq) error {
 	return nil
 }
 
-// failed is the error of an order that CRIU could not fulfill. A full disk is
-// told apart: it says nothing about the processes.
+// ErrRefused is CRIU's own no.
+var ErrRefused = errors.New("CRIU failed")
+
+// wants are errors that say nothing about the processes: something is used up
+// at the moment.
+var wants = []unix.Errno{unix.ENOMEM, unix.EMFILE, unix.ENFILE, unix.EAGAIN, unix.EINTR, unix.ENOSPC, unix.EDQUOT}
+
+// failed is the error of an order that CRIU could not fulfill.
 func failed(log string) error {
-	if strings.Contains(log, "No space left on device") {
-		return fmt.Errorf("CRIU failed%s: %w", because(log), unix.ENOSPC)
+	for line := range strings.Lines(strings.ToLower(log)) {
+		for _, errno := range wants {
+			if strings.Contains(line, "error (") && strings.Contains(line, errno.Error()) {
+				return fmt.Errorf("CRIU failed%s: %w", because(log), errno)
+			}
+		}
 	}
-	return errors.New("CRIU failed" + because(log))
+	return fmt.Errorf("%w%s", ErrRefused, because(log))
 }
 
 // because finds what went wrong first in CRIU's log.
