@@ -515,7 +515,7 @@ func (b *bench) thousand() error {
 		return err
 	}
 	frozen := time.Since(began)
-	time.Sleep(5 * time.Second) // what was prepared for so many starts goes away again
+	time.Sleep(15 * time.Second) // what was prepared for so many starts goes away again, ten a second
 	_, taken1 := kernel()
 	used := b.resting(rest, n, other)
 	if err := n.allFrozen(all); err != nil {
@@ -535,7 +535,7 @@ func (b *bench) thousand() error {
 	}
 	b.say("## %d standbys\n", all)
 	b.say("As many apps of the static server with `start: standby`, each with its frozen instance. The daemon's processor time is that of it and its own")
-	b.say("processes over %.0f s in which nobody asks. The warm rates are those of one more app, which is awake: the best of 4 loads of each of two daemons in turn,", rest.Seconds())
+	b.say("processes over %.0f s in which nobody asks. The warm rates are those of one more app, which is awake: the best of %d loads of each of two daemons in turn,", rest.Seconds(), loads)
 	b.say("one without standbys.\n")
 	b.say("| | |\n|---|---|")
 	b.say("| from the first deploy until all were frozen | %.1f s |", frozen.Seconds())

@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -121,7 +122,7 @@ func (b *bench) apps() error {
 	per := (heap1 - heap0) / float64(all-9)
 	b.say("## %d apps\n", all)
 	b.say("Deployed one by one by four clients at once; etcd runs inside the daemon, whose memory holds its copy of them, too.\n")
-	b.say("The warm rates are the best of 4 loads of each of two daemons in turn, one with 10 apps.\n")
+	b.say("The warm rates are the best of %d loads of each of two daemons in turn, one with 10 apps.\n", loads)
 	b.say("| | |\n|---|---|")
 	b.say("| heap for a sleeping app, with etcd's own | %.1f KiB |", per)
 	b.say("| resident memory for a sleeping app, with etcd's pages | %.1f KiB |", (rss1-rss0)/float64(all-9))
@@ -135,14 +136,22 @@ func (b *bench) apps() error {
 	return nil
 }
 
-// paces are the best of 4 loads of the warm app of each of two daemons, in turn:
-// the machine's own pace drifts.
+// loads of each daemon, of which the best counts: what else runs on the machine
+// only ever slows one.
+const loads = 8
+
+// paces are the best of some loads of the warm app of each of two daemons, in
+// turn, and each of them first as often as the other: the machine's own pace
+// drifts.
 func (b *bench) paces(one, other *node, span time.Duration) (first, second flow, err error) {
-	for range 4 {
-		for _, who := range []struct {
-			n    *node
-			best *flow
-		}{{one, &first}, {other, &second}} {
+	type side struct {
+		n    *node
+		best *flow
+	}
+	order := []side{{one, &first}, {other, &second}}
+	for range loads {
+		slices.Reverse(order)
+		for _, who := range order {
 			f, err := b.wrk(who.n.http, "warm.localhost", 32, span)
 			if err != nil {
 				return first, second, err

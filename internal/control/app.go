@@ -378,7 +378,7 @@ func (a *App) stillWants(o Order) bool {
 	}
 	load := a.load(time.Now())
 	load.Starting-- // this one
-	return homeostat.Decide(a.policy, load, &a.trend).Start > 0
+	return a.lacksStandby(load.Starting) || homeostat.Decide(a.policy, load, &a.trend).Start > 0
 }
 
 // claim is what one more instance reserves. The caller holds the lock.
@@ -455,6 +455,9 @@ func (a *App) notStarted(err error) {
 		a.k.metrics.full.Inc()
 		if alone {
 			a.refuse(full(a.name))
+		}
+		if !a.k.closed.Load() && a.keeps() {
+			a.wake(fullPause) // nobody else asks again
 		}
 		return
 	}

@@ -12,6 +12,9 @@ const (
 	// breath is the pace at which the machine is felt, gulp the pace while it
 	// digests.
 	breath, gulp = 500 * time.Millisecond, 100 * time.Millisecond
+	// doze is the pace while all instances are frozen: they use no more than
+	// they did, so only others on this machine could starve it.
+	doze = 2 * time.Second
 	// bites at most in each gulp: twenty instances a second.
 	bites = 2
 	// feast is the longest that a digestion goes on, and rest how long it then
@@ -24,29 +27,36 @@ const (
 )
 
 // autophagy feels the machine and has it digest its idle parts when it
-// starves. Without instances there is nothing to feel.
+// starves. Without instances there is nothing to feel, and nothing ticks until
+// the first of them comes.
 func (k *Control) autophagy() {
 	timer := time.NewTimer(breath)
 	defer timer.Stop()
 	var since, until time.Time // of a digestion; of a pause
+	pace := breath
 	for {
 		select {
 		case <-k.ctx.Done():
 			return
+		case <-k.ledger.first:
+			if pace == 0 || pace == doze {
+				pace = breath
+				timer.Reset(pace)
+			}
+			continue
 		case <-timer.C:
 		case <-k.ledger.wanted:
 		}
-		pace := breath
-		parties := k.ledger.parties()
+		pace = k.pace()
 		now := time.Now()
 		starving := false
-		if (len(parties) > 0 || k.larder.any()) && now.After(until) {
+		if pace > 0 && now.After(until) {
 			v := k.feel()
 			h := homeostat.Feel(v, !since.IsZero())
 			h.Rooms = k.ledger.rooms()
 			if starving = !h.None(); starving {
 				pace = gulp
-				k.digest(now, parties, h, v)
+				k.digest(now, k.ledger.parties(), h, v)
 			}
 		}
 		switch {
@@ -58,7 +68,21 @@ func (k *Control) autophagy() {
 			since, until = time.Time{}, now.Add(rest)
 			k.cfg.Logger.Warn("the machine still starves after a long digestion, which pauses now", "pause", rest)
 		}
-		timer.Reset(pace)
+		if pace > 0 {
+			timer.Reset(pace)
+		}
+	}
+}
+
+// pace at which the machine is felt while it is fed: 0, not at all.
+func (k *Control) pace() time.Duration {
+	switch {
+	case k.ledger.any():
+		return breath
+	case k.larder.any():
+		return doze
+	default:
+		return 0
 	}
 }
 

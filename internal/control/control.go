@@ -129,7 +129,8 @@ func New(c Config) (*Control, error) {
 	if c.Starts <= 0 {
 		c.Starts = 16 * runtime.NumCPU()
 	}
-	k := &Control{cfg: c, apps: map[fleet.AppName]*App{}, ledger: newLedger(c.Capacity, c.Starts), larder: newLarder(c.Standby)}
+	k := &Control{cfg: c, apps: map[fleet.AppName]*App{}, ledger: newLedger(c.Capacity, c.Starts)}
+	k.larder = newLarder(c.Standby, k.ledger.first)
 	k.ctx, k.cancel = context.WithCancelCause(context.Background())
 	var err error
 	if k.metrics, err = newMetrics(c.Registerer, &k.holds); err != nil {

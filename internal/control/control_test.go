@@ -34,6 +34,7 @@ type fakeNode struct {
 	freezing time.Duration
 	thawErr  error
 	vitals   homeostat.Vitals
+	felt     int // how often they were read
 	running  map[fleet.InstanceID]bool
 	// saved are revisions whose starts are restores, if they may be, and take
 	// restoring. saves counts the wishes; saving is how long one takes.
@@ -92,6 +93,7 @@ func (i *fakeInstance) Ready() time.Time         { return i.ready }
 func (n *fakeNode) Vitals() homeostat.Vitals {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	n.felt++
 	return n.vitals
 }
 

@@ -15,7 +15,8 @@ import (
 type ledger struct {
 	capacity homeostat.Claim // 0: not bounded
 	parallel int             // most starts at once
-	wanted   chan struct{}   // somebody needs room
+	wanted   bell            // somebody needs room
+	first    bell            // the first account was opened
 
 	mu       sync.Mutex
 	claimed  homeostat.Claim
@@ -44,17 +45,42 @@ type ticket struct {
 }
 
 func newLedger(capacity homeostat.Claim, parallel int) *ledger {
-	return &ledger{capacity: capacity, parallel: parallel, wanted: make(chan struct{}, 1), accounts: map[*App]*account{}}
+	return &ledger{capacity: capacity, parallel: parallel, wanted: make(bell, 1), first: make(bell, 1), accounts: map[*App]*account{}}
 }
 
 var errFull = errors.New("the machine is full, and the app has its share of it")
 
-// hungry asks for a digestion soon.
-func (g *ledger) hungry() {
+// bell wakes a loop, which hears several rings as one.
+type bell chan struct{}
+
+func (b bell) ring() {
 	select {
-	case g.wanted <- struct{}{}:
+	case b <- struct{}{}:
 	default:
 	}
+}
+
+// hungry asks for a digestion soon.
+func (g *ledger) hungry() { g.wanted.ring() }
+
+// any tells whether an app has an instance or asks for one.
+func (g *ledger) any() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return len(g.accounts) > 0
+}
+
+// account of an app, which is opened if it has none. The caller holds the lock.
+func (g *ledger) account(a *App, priority int) *account {
+	acc := g.accounts[a]
+	if acc == nil {
+		acc = &account{}
+		if g.accounts[a] = acc; len(g.accounts) == 1 {
+			g.first.ring()
+		}
+	}
+	acc.weight = weight(priority)
+	return acc
 }
 
 // weight of an app by its priority: 50 is one.
@@ -64,12 +90,7 @@ func weight(priority int) float64 { return float64(max(priority, 1)) / 50 }
 // when there is no room and the app has its share already.
 func (g *ledger) admit(ctx context.Context, a *App, claim homeostat.Claim, priority int) error {
 	g.mu.Lock()
-	acc := g.accounts[a]
-	if acc == nil {
-		acc = &account{}
-		g.accounts[a] = acc
-	}
-	acc.weight = weight(priority)
+	acc := g.account(a, priority)
 	t := &ticket{app: a, acc: acc, claim: claim, turn: make(chan error, 1)}
 	acc.waiting++
 	g.queue = append(g.queue, t)
@@ -198,12 +219,7 @@ func (g *ledger) started(a *App) {
 func (g *ledger) adopted(a *App, claim homeostat.Claim, priority int) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	acc := g.accounts[a]
-	if acc == nil {
-		acc = &account{}
-		g.accounts[a] = acc
-	}
-	acc.weight = weight(priority)
+	acc := g.account(a, priority)
 	acc.instances++
 	acc.claimed = acc.claimed.Add(claim, 1)
 	g.claimed = g.claimed.Add(claim, 1)

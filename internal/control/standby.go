@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -14,29 +15,41 @@ import (
 // asked when one is frozen, thawed or ends, and by a starving machine.
 type larder struct {
 	budget int64
+	first  bell // it is not empty any more
 
 	mu    sync.Mutex
 	holds map[*member]int64 // bytes
+	bytes int64             // of all
 }
 
-func newLarder(budget int64) *larder { return &larder{budget: budget, holds: map[*member]int64{}} }
+func newLarder(budget int64, first bell) *larder {
+	return &larder{budget: budget, first: first, holds: map[*member]int64{}}
+}
 
 func (l *larder) put(m *member, bytes int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.holds[m] = bytes
+	l.bytes += bytes - l.holds[m]
+	if l.holds[m] = bytes; len(l.holds) == 1 {
+		l.first.ring()
+	}
 }
 
 func (l *larder) remove(m *member) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.bytes -= l.holds[m]
 	delete(l.holds, m)
 }
 
 // full tells whether one more would only drive another one out.
-func (l *larder) full() bool {
-	_, bytes := l.all()
-	return bytes >= l.budget
+func (l *larder) full() bool { return l.held() >= l.budget }
+
+// held is what all of them hold together.
+func (l *larder) held() int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.bytes
 }
 
 func (l *larder) any() bool {
@@ -45,14 +58,10 @@ func (l *larder) any() bool {
 	return len(l.holds) > 0
 }
 
-// all of them, and what they hold together.
-func (l *larder) all() (members []*member, bytes int64) {
+func (l *larder) all() []*member {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for m, n := range l.holds {
-		members, bytes = append(members, m), bytes+n
-	}
-	return members, bytes
+	return slices.Collect(maps.Keys(l.holds))
 }
 
 // standby is what a frozen member is to the homeostat. The caller holds no lock.
@@ -70,10 +79,10 @@ func (l *larder) standby(now time.Time, m *member) homeostat.Standby {
 
 // ration ends those that do not fit into the budget.
 func (k *Control) ration() {
-	members, bytes := k.larder.all()
-	if bytes <= k.larder.budget {
+	if k.larder.held() <= k.larder.budget {
 		return
 	}
+	members := k.larder.all()
 	now := time.Now()
 	standbys := make([]homeostat.Standby, len(members))
 	for i, m := range members {
@@ -280,8 +289,7 @@ func (a *App) judgeStandbys(now time.Time, sooner func(time.Duration)) {
 			sooner(fate.Again)
 		}
 	}
-	if a.policy.Standby != homeostat.StandbyAlways || a.stopped || a.removed || a.waiting != nil ||
-		len(a.ready)+a.starting+len(a.standby) > 0 || a.k.larder.full() {
+	if !a.lacksStandby(a.starting) {
 		return
 	}
 	if rest := homeostat.Backoff(a.failures) - now.Sub(a.failedAt); a.failures > 0 && rest > 0 {
@@ -289,6 +297,13 @@ func (a *App) judgeStandbys(now time.Time, sooner func(time.Duration)) {
 		return
 	}
 	a.start(now, causeAhead, nil, nil)
+}
+
+// lacksStandby tells whether an instance is to be started for nobody, beside so
+// many starts under way. The caller holds the lock.
+func (a *App) lacksStandby(starting int) bool {
+	return a.policy.Standby == homeostat.StandbyAlways && !a.stopped && !a.removed && a.waiting == nil &&
+		len(a.ready)+starting+len(a.standby) == 0 && !a.k.larder.full()
 }
 
 // causeAhead: the app's owner wants a standby.
@@ -333,8 +348,7 @@ func (a *App) lost(id fleet.InstanceID) {
 // cells adds the standbys as candidates of a digestion: each is an app of
 // its own there, for none of them serves.
 func (l *larder) cells(now time.Time, cells []homeostat.Cell, members []*member) ([]homeostat.Cell, []*member) {
-	held, _ := l.all()
-	for i, m := range held {
+	for i, m := range l.all() {
 		s := l.standby(now, m)
 		cells = append(cells, homeostat.Cell{App: -1 - i, Standby: true, Worth: s.Worth(), Memory: s.Memory, Priority: m.app.Policy().Priority})
 		members = append(members, m)

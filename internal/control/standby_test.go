@@ -3,6 +3,7 @@ package control
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -236,7 +237,7 @@ func TestStandby_TheBudgetKeepsWhatIsWorthMost(t *testing.T) {
 		if s, q := slow.Status(), quick.Status(); s.Standby != 1 || q.Standby != 0 {
 			t.Errorf("slow %+v, quick %+v", s, q)
 		}
-		if _, held := k.larder.all(); held != 60<<20 {
+		if held := k.larder.held(); held != 60<<20 {
 			t.Errorf("they hold %d bytes", held)
 		}
 	})
@@ -290,6 +291,75 @@ func TestStandby_ANextDaemonTakesThemOver(t *testing.T) {
 			t.Errorf("it took %v", d)
 		}
 		next.Close()
+	})
+}
+
+func TestStandby_AlwaysWaitsForItsTurn(t *testing.T) {
+	for name, change := range map[string]func(*Config){
+		"among the starts": func(c *Config) { c.Starts = 1 },
+		"for room":         func(c *Config) { c.Capacity.CPU, c.HoldTimeout = 1, 2*time.Second },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				n := &fakeNode{took: time.Second, freezing: time.Millisecond, running: map[fleet.InstanceID]bool{}}
+				k := newTestControl(t, n, func(c *Config) { c.Standby = 1 << 30; change(c) })
+				var apps []*App
+				for i := range 10 { // nobody asks for them, and each start takes a second
+					s := standbySpec(fmt.Sprintf("app%d", i), fleet.StartStandby)
+					s.Resources.CPU, s.Idle = fleet.CPU{Rest: 1, Peak: 1}, fleet.Duration(time.Second)
+					apps = append(apps, deploy(k, s, 1))
+				}
+				time.Sleep(30 * time.Second)
+				synctest.Wait()
+				for _, a := range apps {
+					if s := a.Status(); s.Standby != 1 {
+						t.Errorf("%s: %+v", a.Name(), s)
+					}
+				}
+				k.Close()
+			})
+		})
+	}
+}
+
+func TestStandby_OfFrozenOnesAloneTheMachineIsFeltSeldom(t *testing.T) {
+	cellar(t, 1<<30, func(t *testing.T, k *Control, n *fakeNode) {
+		felt := func(d time.Duration) int {
+			n.mu.Lock()
+			before := n.felt
+			n.mu.Unlock()
+			time.Sleep(d)
+			synctest.Wait()
+			n.mu.Lock()
+			defer n.mu.Unlock()
+			return n.felt - before
+		}
+		a := deploy(k, standbySpec("shop", fleet.StartAuto), 1)
+		if got := felt(time.Hour); got != 0 {
+			t.Errorf("felt %d times in an hour in which nothing runs", got)
+		}
+		for range 2 { // a start, then a thaw
+			visit(t, a)
+			if got := felt(30 * time.Second); got < 50 {
+				t.Errorf("felt %d times in half a minute in which one is ready, want two a second", got)
+			}
+			time.Sleep(time.Minute)
+			if s := a.Status(); s.Standby != 1 {
+				t.Fatalf("it is not frozen: %+v", s)
+			}
+			if got := felt(2 * time.Minute); got > 60 || got < 50 {
+				t.Errorf("felt %d times in two minutes with one that is frozen, want one in two seconds", got)
+			}
+		}
+		starve(n, 970*mib, 1000*mib)
+		time.Sleep(5 * time.Second)
+		synctest.Wait()
+		if s := a.Status(); s.Standby != 0 {
+			t.Errorf("the machine starves, and it is still there: %+v", s)
+		}
+		if got := felt(time.Hour); got != 0 {
+			t.Errorf("felt %d times in an hour after it has ended", got)
+		}
 	})
 }
 

@@ -33,8 +33,10 @@ func (b *bridge) Check(e zapcore.Entry, c *zapcore.CheckedEntry) *zapcore.Checke
 	return c
 }
 
-// harmless is what every first start of a single member says.
+// harmless is how messages end that every start of a single member may say.
 var harmless = []string{
+	"is unpromotable and can not campaign", // elect was too early
+	"since there are still pending configuration changes to apply",
 	"Running http and grpc server on single port. This is not recommended for production.",
 	"simple token is not cryptographically signed",
 	"Failed to detect schema version",
@@ -42,7 +44,7 @@ var harmless = []string{
 }
 
 func (b *bridge) Write(e zapcore.Entry, fields []zapcore.Field) error {
-	if slices.Contains(harmless, e.Message) {
+	if slices.ContainsFunc(harmless, func(end string) bool { return strings.HasSuffix(e.Message, end) }) {
 		return nil
 	}
 	enc := zapcore.NewMapObjectEncoder()
@@ -50,7 +52,7 @@ func (b *bridge) Write(e zapcore.Entry, fields []zapcore.Field) error {
 		f.AddTo(enc)
 	}
 	if text, ok := enc.Fields["error"].(string); ok {
-		for _, end := range []string{"use of closed network connection", "erver closed"} {
+		for _, end := range []string{"use of closed network connection", "erver closed", "server has been stopped"} {
 			if strings.Contains(text, end) {
 				return nil // that is how it stops
 			}

@@ -268,6 +268,41 @@ func TestEmbedded_DamagedContent(t *testing.T) {
 	}
 }
 
+func TestEmbedded_LeadsBeforeItsClockHasTicked(t *testing.T) {
+	dir := shortDir(t)
+	for _, when := range []string{"at first", "with a log to read", "with more of it"} {
+		ctx, cancel := context.WithTimeout(t.Context(), rest)
+		s, err := OpenEmbedded(ctx, dir, quiet())
+		cancel()
+		if err != nil {
+			t.Fatalf("%s: %v", when, err)
+		}
+		put(t, s, "/k", when)
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestEmbedded_RestsWhileNobodyAsks(t *testing.T) {
+	s := openEmbedded(t, shortDir(t))
+	put(t, s, "/k", "v")
+	time.Sleep(2 * batch) // what is left of the start
+	switches := func() int64 {
+		var u unix.Rusage
+		if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
+			t.Fatal(err)
+		}
+		return u.Nvcsw
+	}
+	before := switches()
+	time.Sleep(time.Second)
+	// With etcd's own intervals, and a tick that elects quickly, it is above 500.
+	if got := switches() - before; got > 250 {
+		t.Errorf("its threads went to sleep %d times in a second", got)
+	}
+}
+
 func TestEmbedded_ListensOnNoPort(t *testing.T) {
 	before := listeners(t)
 	openEmbedded(t, shortDir(t))
