@@ -643,10 +643,15 @@ func (a *App) prospect(now time.Time, l homeostat.Life) homeostat.Prospect {
 		rest, life = min(l.Limit-l.Age, farthest), min(l.Limit, farthest)
 	}
 	p := homeostat.Prospect{Boot: a.usual()}
-	if a.record != nil {
-		quiet := max(now.Sub(a.used), 0)
-		p.Chance, p.Next = a.record.gaps.Chance(quiet, rest), a.record.gaps.Chance(quiet, life)
+	if a.used.IsZero() {
+		return p
 	}
+	gaps := &homeostat.Gaps{} // an earlier daemon knew them
+	if a.record != nil {
+		gaps = &a.record.gaps
+	}
+	quiet := max(now.Sub(a.used), 0)
+	p.Chance, p.Next = gaps.Chance(quiet, rest), gaps.Chance(quiet, life)
 	return p
 }
 

@@ -294,6 +294,24 @@ func TestStandby_ANextDaemonTakesThemOver(t *testing.T) {
 	})
 }
 
+// An instance that the next daemon takes over awake, and nobody asks it: what
+// visits there were the earlier one knew, so it is frozen, not ended.
+func TestStandby_OfOneThatWasTakenOverAwake(t *testing.T) {
+	cellar(t, 1<<30, func(t *testing.T, k *Control, n *fakeNode) {
+		s := standbySpec("shop", fleet.StartAuto)
+		i, err := n.Start(t.Context(), Order{Revision: fleet.Revision{ID: "shop@1", App: "shop", Spec: s}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		a := deploy(k, s, 1)
+		k.Adopt(i)
+		time.Sleep(2 * time.Minute)
+		if s := a.Status(); s.Ready != 0 || s.Standby != 1 {
+			t.Errorf("after its idle time: %+v", s)
+		}
+	})
+}
+
 func TestStandby_AlwaysWaitsForItsTurn(t *testing.T) {
 	for name, change := range map[string]func(*Config){
 		"among the starts": func(c *Config) { c.Starts = 1 },

@@ -33,10 +33,8 @@ func (b *bridge) Check(e zapcore.Entry, c *zapcore.CheckedEntry) *zapcore.Checke
 	return c
 }
 
-// harmless is how messages end that every start of a single member may say.
+// harmless is what every first start of a single member says.
 var harmless = []string{
-	"is unpromotable and can not campaign", // elect was too early
-	"since there are still pending configuration changes to apply",
 	"Running http and grpc server on single port. This is not recommended for production.",
 	"simple token is not cryptographically signed",
 	"Failed to detect schema version",
@@ -44,7 +42,7 @@ var harmless = []string{
 }
 
 func (b *bridge) Write(e zapcore.Entry, fields []zapcore.Field) error {
-	if slices.ContainsFunc(harmless, func(end string) bool { return strings.HasSuffix(e.Message, end) }) {
+	if slices.Contains(harmless, e.Message) {
 		return nil
 	}
 	enc := zapcore.NewMapObjectEncoder()

@@ -3,6 +3,7 @@ package etcd
 import (
 	"context"
 	"errors"
+	"expvar"
 	"fmt"
 	"log/slog"
 	"net/url"
@@ -14,6 +15,7 @@ import (
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.etcd.io/etcd/server/v3/etcdserver"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
+	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
@@ -141,34 +143,50 @@ func (s *server) start(ctx context.Context, socket string, log *slog.Logger) err
 		return err
 	}
 	etcd := s.etcd
-	again := time.NewTicker(time.Millisecond)
-	defer again.Stop()
-	for {
-		elect(ctx, etcd.Server)
-		select {
-		case <-again.C: // it was too early: the log is still applied
-		case <-etcd.Server.ReadyNotify():
-			return os.Chmod(socket, 0o600)
-		case err := <-etcd.Err():
-			return err
-		case <-etcd.Server.StopNotify():
-			return errors.New("etcd stopped while it started")
-		case <-s.fatal.done():
-			return s.died()
-		case <-ctx.Done():
-			return fmt.Errorf("etcd is not ready: %w", context.Cause(ctx))
-		}
+	var election sync.WaitGroup // not waited for: if etcd dies now, it hangs as the rest of etcd does
+	election.Go(func() { elect(ctx, etcd.Server) })
+	select {
+	case <-etcd.Server.ReadyNotify():
+		return os.Chmod(socket, 0o600)
+	case err := <-etcd.Err():
+		return err
+	case <-etcd.Server.StopNotify():
+		return errors.New("etcd stopped while it started")
+	case <-s.fatal.done():
+		return s.died()
+	case <-ctx.Done():
+		return fmt.Errorf("etcd is not ready: %w", context.Cause(ctx))
 	}
 }
 
-// elect has the only member stand for election now, as if a leader had handed
-// over to it, instead of after some ticks without one. A leader ignores that.
-// If etcd has ended, others say why.
+// elect has the only member stand for election as soon as it may, as if a
+// leader had handed over to it, instead of after some ticks without one. It may
+// once Raft knows that all of the log that was committed is applied; to ask
+// earlier would make it look into a part of the log that etcd has compacted
+// meanwhile, which it takes for damage. Only the variable that etcd publishes
+// tells that. Without it the ticks elect.
 func elect(ctx context.Context, server *etcdserver.EtcdServer) {
-	ctx, cancel := context.WithTimeout(ctx, 100*time.Millisecond)
-	defer cancel()
+	published, _ := expvar.Get("raft.status").(expvar.Func)
+	if published == nil {
+		return
+	}
+	again := time.NewTicker(time.Millisecond)
+	defer again.Stop()
 	self := uint64(server.MemberID())
-	_ = server.Process(ctx, &raftpb.Message{Type: raftpb.MsgTimeoutNow.Enum(), From: &self, To: &self})
+	for {
+		status, _ := published.Value().(raft.Status)
+		if commit := status.GetCommit(); status.ID == self && commit > 0 && status.Applied >= commit {
+			_ = server.Process(ctx, &raftpb.Message{Type: raftpb.MsgTimeoutNow.Enum(), From: &self, To: &self})
+			return
+		}
+		select {
+		case <-again.C:
+		case <-server.StopNotify():
+			return
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // launch starts etcd's parts. They are left alone if one of them dies, which
