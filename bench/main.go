@@ -42,6 +42,7 @@ func main() {
 	}
 	b := &bench{ctx: context.Background(), quick: *quick}
 	if err := b.run(*only, *trials); err != nil {
+		_, _ = os.Stderr.Write(b.out.Bytes()) // what it has so far
 		log.Fatal(err)
 	}
 	if *trials {

@@ -106,12 +106,11 @@ const (
 // hangs at a bridge of the host. Through the front door's fabric they would go
 // a longer way than ours, which is not what they are compared for.
 func (b *bench) beside() (addr string, end func(), err error) {
-	_ = exec.CommandContext(b.ctx, "ip", "netns", "delete", peerSpace).Run() // of a run that was cut off
-	_ = exec.CommandContext(b.ctx, "ip", "link", "delete", peerBridge).Run()
-	end = func() {
+	sweep := func() {
 		_ = exec.CommandContext(b.ctx, "ip", "netns", "delete", peerSpace).Run()
 		_ = exec.CommandContext(b.ctx, "ip", "link", "delete", peerBridge).Run()
 	}
+	sweep() // of a run that was cut off
 	for _, line := range []string{
 		"netns add " + peerSpace,
 		"link add " + peerBridge + " type bridge", "addr add " + peerRange + "1/24 dev " + peerBridge, "link set " + peerBridge + " up",
@@ -119,17 +118,17 @@ func (b *bench) beside() (addr string, end func(), err error) {
 		"-n " + peerSpace + " addr add " + peerRange + "2/24 dev eth0", "-n " + peerSpace + " link set eth0 up",
 	} {
 		if out, err := exec.CommandContext(b.ctx, "ip", strings.Fields(line)...).CombinedOutput(); err != nil { //nolint:gosec // a benchmark
-			end()
+			sweep()
 			return "", nil, fmt.Errorf("ip %s: %w: %s", line, err, out)
 		}
 	}
 	cmd := exec.CommandContext(b.ctx, "ip", "netns", "exec", peerSpace, "taskset", "-c", "1", filepath.Join(b.root, "server")) //nolint:gosec // a benchmark
 	cmd.Env = append(os.Environ(), "PORT=8080")
 	if err := cmd.Start(); err != nil {
-		end()
+		sweep()
 		return "", nil, err
 	}
-	return peerRange + "2:8080", func() { _ = cmd.Process.Kill(); _ = cmd.Wait(); end() }, nil
+	return peerRange + "2:8080", func() { _ = cmd.Process.Kill(); _ = cmd.Wait(); sweep() }, nil
 }
 
 // warm: the same server behind each proxy.

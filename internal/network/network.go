@@ -302,6 +302,9 @@ func (n *Network) connect(l Lease, netns int) (made bool, err error) {
 			return err
 		}
 		if err := n.fabric.wire.makePort(p, netns, l.Address); err != nil {
+			if errors.Is(err, unix.EXFULL) {
+				return &fleet.Error{Op: "connect container", Subject: l.ID, Kind: fleet.ErrOverloaded, Err: errors.New("the bridge has all the ports that the kernel gives it, 1,023"), Hint: "fewer instances and standbys on this node: capacity.standby, or another node"}
+			}
 			return fmt.Errorf("make interface: %w", err)
 		}
 		made = true

@@ -413,6 +413,25 @@ func TestAttach_Exhausted(t *testing.T) {
 	}
 }
 
+func TestAttach_TheBridgeIsFull(t *testing.T) {
+	w := newWorld(t, Config{Subnet: netip.MustParsePrefix("10.123.0.0/20")})
+	f := w.net.fabric
+	for i := range 1023 {
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name, attrs.MasterIndex, attrs.NumTxQueues, attrs.NumRxQueues = fmt.Sprintf("p%d", i), f.bridge, 1, 1
+		if err := f.kernel.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: fmt.Sprintf("q%d", i)}); err != nil {
+			t.Fatalf("port %d: %v", i, err)
+		}
+	}
+	before := w.state()
+	if _, err := w.net.Attach(t.Context(), "more", newNamespace(t)); !errors.Is(err, fleet.ErrOverloaded) || fleet.Hint(err) == "" {
+		t.Errorf("got %v", err)
+	}
+	if after := w.state(); after != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+}
+
 func TestOpen_RefusesARangeInUse(t *testing.T) {
 	w := newWorld(t, Config{})
 	_, err := w.open(Config{Bridge: "fcc", Table: "fcu", Subnet: netip.MustParsePrefix("192.0.2.0/25")})
