@@ -78,7 +78,7 @@ func TestLoad_LimitsRiseThenSiblingsComeAndCalmBringsAllBack(t *testing.T) {
 		n.vitals = homeostat.Vitals{Idle: 8, Cores: 8, Memory: 1 << 40}
 		a := deploy(k, scaled("busy"), 1)
 		stop := flood(t, a, 20, 40*time.Millisecond)
-		n.burn(a, 2, 50*time.Millisecond)
+		n.burn(a, 2, 60*time.Millisecond) // it is ready after ten
 		a.each(func(_ *member, f *fakeInstance) {
 			if got := f.Limits().CPU; got <= 0.3 {
 				t.Errorf("an instance has %g cores after 50 ms at its limit", got)
