@@ -78,12 +78,12 @@ func TestLoad_LimitsRiseThenSiblingsComeAndCalmBringsAllBack(t *testing.T) {
 		n.vitals = homeostat.Vitals{Idle: 8, Cores: 8, Memory: 1 << 40}
 		a := deploy(k, scaled("busy"), 1)
 		stop := flood(t, a, 20, 40*time.Millisecond)
-		n.burn(a, 2, 60*time.Millisecond) // it is ready after ten
-		a.each(func(_ *member, f *fakeInstance) {
-			if got := f.Limits().CPU; got <= 0.3 {
-				t.Errorf("an instance has %g cores after 50 ms at its limit", got)
-			}
-		})
+		n.burn(a, 2, 80*time.Millisecond) // it is ready after ten
+		var cores []float64
+		a.each(func(_ *member, f *fakeInstance) { cores = append(cores, f.Limits().CPU) })
+		if len(cores) == 0 || cores[0] <= 0.3 { // a sibling may have come just now
+			t.Errorf("instances have %v cores after the first was at its limit for 70 ms", cores)
+		}
 		n.burn(a, 2, 4*time.Second)
 		if _, _, running := n.counts(); running < 3 {
 			t.Errorf("%d instances after four seconds", running)
