@@ -85,7 +85,7 @@ func (f *fabric) furnish(node netip.Prefix) (err error) {
 		return fmt.Errorf("find uplink: %w", err)
 	}
 	if f.bridge, err = f.wire.index(bridgeName); errors.Is(err, unix.ENODEV) {
-		f.bridge, err = f.makeBridge(node.Addr())
+		f.bridge, err = f.makeBridge()
 	}
 	if err != nil {
 		return fmt.Errorf("make bridge: %w", err)
@@ -111,11 +111,9 @@ func (f *fabric) furnish(node netip.Prefix) (err error) {
 	return nil
 }
 
-func (f *fabric) makeBridge(node netip.Addr) (int, error) {
+func (f *fabric) makeBridge() (int, error) {
 	attrs := netlink.NewLinkAttrs()
-	// A bridge that has no address of its own takes the lowest of its ports', so
-	// that it changes as containers come and go.
-	attrs.Name, attrs.HardwareAddr = bridgeName, hardwareAddr(node)
+	attrs.Name = bridgeName
 	snooping := false // ports are isolated: there is nothing to learn of groups
 	if err := f.kernel.LinkAdd(&netlink.Bridge{LinkAttrs: attrs, MulticastSnooping: &snooping}); err != nil {
 		return 0, err
@@ -146,6 +144,8 @@ func (f *fabric) settleAddress(node netip.Prefix) error {
 			return fmt.Errorf("remove address %s of the bridge: %w", p, err)
 		}
 	}
+	// A bridge that has no hardware address of its own takes the lowest of its
+	// ports', so that it changes as containers come and go.
 	if err := f.kernel.LinkSetHardwareAddr(link, hardwareAddr(node.Addr())); err != nil {
 		return fmt.Errorf("give bridge its hardware address: %w", err)
 	}
