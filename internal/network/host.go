@@ -70,6 +70,10 @@ func (n *Network) makeLink(old netlink.Link) (netlink.Link, error) {
 // raiseLink comes last: now the rules are there. The host finds containers
 // behind the fabric, and nobody else of the range of an earlier configuration.
 func (n *Network) raiseLink() error {
+	// Hosts may have no other address to ask containers from.
+	if err := n.wire.address(n.link, hostPrefix(host)); err != nil && !errors.Is(err, os.ErrExist) {
+		return fmt.Errorf("give interface %s its address: %w", n.cfg.Bridge, err)
+	}
 	if err := n.wire.raise(n.link); err != nil {
 		return fmt.Errorf("raise interface %s: %w", n.cfg.Bridge, err)
 	}
