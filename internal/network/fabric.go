@@ -171,8 +171,8 @@ func (f *fabric) raise() error {
 	return f.wire.settle(f.uplink)
 }
 
-// host is what the fabric calls its neighbour. Nobody has the address: it is
-// there to be told a hardware address for.
+// host is what the fabric calls its neighbour: the address of the host's
+// interface, from which the host asks containers.
 var host = netip.AddrFrom4([4]byte{169, 254, 0, 1})
 
 // openTables replaces what keeps containers from each other where the fabric
