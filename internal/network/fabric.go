@@ -46,8 +46,7 @@ const (
 	bridgeName = "bridge"
 	uplinkName = "uplink"
 
-	portGroup    = 1 // the ports to containers
-	leavingGroup = 2 // those that are about to be removed
+	leavingGroup = 1 // ports that are about to be removed; all others are in 0
 )
 
 // openFabric makes it, or takes over that of an earlier process.
@@ -104,7 +103,7 @@ func (f *fabric) furnish(node netip.Prefix) (err error) {
 		return err
 	}
 	for _, p := range ports {
-		if err := f.wire.regroup(p, portGroup); err != nil && !gone(err) {
+		if err := f.wire.regroup(p, 0); err != nil && !gone(err) {
 			return fmt.Errorf("take over port %s: %w", p, err)
 		}
 	}
@@ -122,7 +121,8 @@ func (f *fabric) makeBridge() (int, error) {
 }
 
 // settleAddress gives the bridge the node's address, and takes away that of an
-// earlier configuration, unless containers still rely on it.
+// earlier configuration, unless containers still rely on it. The uplink has the
+// hardware address that goes with it, too.
 func (f *fabric) settleAddress(node netip.Prefix) error {
 	link, err := f.kernel.LinkByName(bridgeName)
 	if err != nil {
@@ -144,10 +144,16 @@ func (f *fabric) settleAddress(node netip.Prefix) error {
 			return fmt.Errorf("remove address %s of the bridge: %w", p, err)
 		}
 	}
+	uplink, err := f.kernel.LinkByName(uplinkName)
+	if err != nil {
+		return fmt.Errorf("find uplink: %w", err)
+	}
 	// A bridge that has no hardware address of its own takes the lowest of its
 	// ports', so that it changes as containers come and go.
-	if err := f.kernel.LinkSetHardwareAddr(link, hardwareAddr(node.Addr())); err != nil {
-		return fmt.Errorf("give bridge its hardware address: %w", err)
+	for _, l := range []netlink.Link{link, uplink} {
+		if err := f.kernel.LinkSetHardwareAddr(l, hardwareAddr(node.Addr())); err != nil {
+			return fmt.Errorf("give %s its hardware address: %w", l.Attrs().Name, err)
+		}
 	}
 	if err := f.wire.address(f.bridge, node); err != nil {
 		return fmt.Errorf("give bridge its address: %w", err)
@@ -162,7 +168,7 @@ func (f *fabric) raise() error {
 			return fmt.Errorf("raise interface: %w", err)
 		}
 	}
-	if err := f.wire.knowAs(f.uplink, host, hardwareAddr(host)); err != nil {
+	if err := f.wire.know(f.uplink, host); err != nil {
 		return fmt.Errorf("tell of the host: %w", err)
 	}
 	if err := f.wire.route(f.uplink, netip.PrefixFrom(netip.IPv4Unspecified(), 0), host); err != nil {

@@ -80,11 +80,7 @@ func (n *Network) raiseLink() error {
 	if err := n.fabric.raise(); err != nil {
 		return err
 	}
-	uplink, err := n.fabric.kernel.LinkByName(uplinkName)
-	if err != nil {
-		return fmt.Errorf("find uplink: %w", err)
-	}
-	if err := n.wire.knowAs(n.link, n.gateway, uplink.Attrs().HardwareAddr); err != nil {
+	if err := n.wire.know(n.link, n.gateway); err != nil {
 		return fmt.Errorf("tell the host of the fabric: %w", err)
 	}
 	routes, err := all(func() ([]netlink.Route, error) {

@@ -291,7 +291,7 @@ func (n *Network) Attach(ctx context.Context, id string, netns int) (Lease, erro
 // connect makes a connection. The guard learns of it meanwhile; eth0 is raised
 // last, so that the first that passes meets all that keeps it in.
 func (n *Network) connect(l Lease, netns int) (made bool, err error) {
-	p := port{name: l.Veth, bridge: n.fabric.bridge, group: portGroup}
+	p := port{name: l.Veth, bridge: n.fabric.bridge}
 	var admitted error
 	var guard sync.WaitGroup
 	guard.Go(func() { admitted = n.guard.admit(l) })

@@ -3,7 +3,6 @@ package network
 import (
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"os"
 	"runtime"
@@ -79,11 +78,10 @@ func (w *wire) index(name string) (int, error) {
 	return int(req.Uint32()), nil
 }
 
-// port is what the host has of a container's connection.
+// port is what the fabric has of a container's connection.
 type port struct {
 	name   string
 	bridge int
-	group  int
 }
 
 // makePort makes a port, and its other end, eth0, in another namespace.
@@ -102,7 +100,7 @@ func (w *wire) makePort(p port, netns int, addr netip.Addr) error {
 	}
 	return w.ask(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL,
 		nl.NewIfInfomsg(unix.AF_UNSPEC), nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(p.name)),
-		nl.NewRtAttr(unix.IFLA_MASTER, number(p.bridge)), nl.NewRtAttr(unix.IFLA_GROUP, number(p.group)),
+		nl.NewRtAttr(unix.IFLA_MASTER, number(p.bridge)),
 		nl.NewRtAttr(unix.IFLA_NUM_TX_QUEUES, number(1)), nl.NewRtAttr(unix.IFLA_NUM_RX_QUEUES, number(1)), info)
 }
 
@@ -145,13 +143,9 @@ func (w *wire) raisePort(p port, addr netip.Addr) (int, error) {
 // know tells the hardware address of a neighbour for good, so that nobody asks
 // for it and nobody can tell another one.
 func (w *wire) know(index int, addr netip.Addr) error {
-	return w.knowAs(index, addr, hardwareAddr(addr))
-}
-
-func (w *wire) knowAs(index int, addr netip.Addr, hardware net.HardwareAddr) error {
 	return w.ask(unix.RTM_NEWNEIGH, unix.NLM_F_CREATE|unix.NLM_F_REPLACE,
 		&netlink.Ndmsg{Family: unix.AF_INET, Index: uint32(index), State: netlink.NUD_PERMANENT}, //nolint:gosec // not negative
-		nl.NewRtAttr(netlink.NDA_DST, addr.AsSlice()), nl.NewRtAttr(netlink.NDA_LLADDR, hardware))
+		nl.NewRtAttr(netlink.NDA_DST, addr.AsSlice()), nl.NewRtAttr(netlink.NDA_LLADDR, hardwareAddr(addr)))
 }
 
 // raise an interface.

@@ -157,18 +157,16 @@ func (c *container) hire(ctx context.Context, dir string, about saved) (_ <-chan
 
 func readSaved(dir string) (about saved, err error) {
 	text, err := os.ReadFile(filepath.Join(dir, savedFile)) //nolint:gosec // ours
-	damaged := errors.Is(err, fs.ErrNotExist)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return about, fmt.Errorf("read checkpoint: %w", err)
+	}
 	if err == nil {
 		err = json.Unmarshal(text, &about)
-		damaged = err != nil
 	}
-	if err != nil {
-		err = fmt.Errorf("read checkpoint: %w", err)
+	if err != nil { // it is damaged
+		return about, fmt.Errorf("%w: read checkpoint: %w", ErrUnrestorable, err)
 	}
-	if damaged {
-		err = fmt.Errorf("%w: %w", ErrUnrestorable, err)
-	}
-	return about, err
+	return about, nil
 }
 
 // replace makes a restored process the container's first one. The machine that
