@@ -12,7 +12,6 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
@@ -31,12 +30,9 @@ import (
 // A file in the directory of named namespaces (`ip netns`) holds it while no
 // daemon runs.
 type fabric struct {
+	*space
 	file   string
 	fresh  bool // there was none
-	ns     *os.File
-	wire   *wire
-	kernel *netlink.Handle
-	tables *filters
 	bridge int
 	uplink int
 }
@@ -50,29 +46,17 @@ const (
 )
 
 // openFabric makes it, or takes over that of an earlier process.
-func openFabric(file string) (_ *fabric, err error) {
-	f := &fabric{file: file}
-	defer func() {
-		if err != nil {
-			if f.fresh {
-				err = errors.Join(err, release(file))
-			}
-			err = fmt.Errorf("open the bridge's namespace %s: %w", file, errors.Join(err, f.close()))
-		}
-	}()
-	if f.ns, f.fresh, err = named(file); err != nil {
-		return nil, err
+func openFabric(file string) (*fabric, error) {
+	ns, fresh, err := named(file)
+	f := &fabric{file: file, fresh: fresh}
+	if err == nil {
+		f.space, err = openSpace(ns)
 	}
-	f.tables = &filters{home: f.ns}
-	if f.kernel, err = netlink.NewHandleAt(netns.NsHandle(f.ns.Fd()), unix.NETLINK_ROUTE); err != nil {
-		return nil, fmt.Errorf("open netlink: %w", err)
-	}
-	err = inNamespace(int(f.ns.Fd()), func() (err error) {
-		f.wire, err = openWire()
-		return err
-	})
 	if err != nil {
-		return nil, err
+		if fresh {
+			err = errors.Join(err, release(file))
+		}
+		return nil, fmt.Errorf("open the bridge's namespace %s: %w", file, err)
 	}
 	return f, nil
 }
@@ -191,7 +175,7 @@ var host = netip.AddrFrom4([4]byte{169, 254, 0, 1})
 // port that has no way back to the sender (rp_filter).
 func (f *fabric) openTables(name string) error {
 	t := &nftables.Table{Family: nftables.TableFamilyIPv4, Name: name}
-	err := f.tables.change(func(c *nftables.Conn) error {
+	err := f.filters.change(func(c *nftables.Conn) error {
 		c.AddTable(t)
 		c.DelTable(t)
 		c.AddTable(t)
@@ -203,23 +187,6 @@ func (f *fabric) openTables(name string) error {
 		return fmt.Errorf("write nftables table: %w", err)
 	}
 	return nil
-}
-
-func (f *fabric) close() error {
-	var errs []error
-	if f.kernel != nil {
-		f.kernel.Close()
-	}
-	if f.wire != nil {
-		f.wire.close()
-	}
-	if f.tables != nil {
-		errs = append(errs, f.tables.close())
-	}
-	if f.ns != nil {
-		errs = append(errs, f.ns.Close())
-	}
-	return errors.Join(errs...)
 }
 
 // ports are the names of those that lead to containers. What else someone put

@@ -38,8 +38,8 @@ func (n *Network) openGuard() (*guard, error) {
 		return nil, fmt.Errorf("make guard: %w", err)
 	}
 	t := n.guardTable()
-	g := &guard{filters: n.fabric.tables, leases: &nftables.Set{Table: t, Name: "leases", KeyType: kind, Concatenation: true}}
-	err = n.fabric.tables.change(func(c *nftables.Conn) error {
+	g := &guard{filters: n.fabric.filters, leases: &nftables.Set{Table: t, Name: "leases", KeyType: kind, Concatenation: true}}
+	err = n.fabric.filters.change(func(c *nftables.Conn) error {
 		c.AddTable(t)
 		if err := c.AddSet(g.leases, nil); err != nil {
 			return err

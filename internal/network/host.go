@@ -60,7 +60,7 @@ func (n *Network) makeLink(old netlink.Link) (netlink.Link, error) {
 	}
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.HardwareAddr = uplinkName, hardwareAddr(n.gateway)
-	pair := &netlink.Veth{LinkAttrs: attrs, PeerName: n.cfg.Bridge, PeerHardwareAddr: hardwareAddr(host), PeerNamespace: netlink.NsFd(n.home.Fd())}
+	pair := &netlink.Veth{LinkAttrs: attrs, PeerName: n.cfg.Bridge, PeerHardwareAddr: hardwareAddr(host), PeerNamespace: netlink.NsFd(n.ns.Fd())}
 	if err := n.fabric.kernel.LinkAdd(pair); err != nil {
 		return nil, fmt.Errorf("make interface %s: %w", n.cfg.Bridge, err)
 	}

@@ -66,11 +66,7 @@ type Network struct {
 	hosts   []netip.Addr // the host's own addresses
 	servers []netip.Addr
 
-	home    *os.File // the network namespace
-	kernel  *netlink.Handle
-	wire    *wire
-	filters *filters
-
+	*space  // the host's
 	fabric  *fabric
 	uplinks *uplinks
 	guard   *guard
@@ -130,15 +126,12 @@ func (c Config) complete() (Config, error) {
 
 // open connects to the kernel and makes what is missing there.
 func (n *Network) open() (err error) {
-	if n.home, err = os.Open("/proc/thread-self/ns/net"); err != nil {
+	ns, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
 		return fmt.Errorf("open network namespace: %w", err)
 	}
-	n.filters = &filters{home: n.home}
-	if n.wire, err = openWire(); err != nil {
+	if n.space, err = openSpace(ns); err != nil {
 		return err
-	}
-	if n.kernel, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
-		return fmt.Errorf("open netlink: %w", err)
 	}
 	if n.hosts, err = n.hostAddrs(); err != nil {
 		return err
@@ -189,17 +182,8 @@ func (n *Network) Close() error {
 	if n.fabric != nil {
 		errs = append(errs, n.fabric.close())
 	}
-	if n.kernel != nil {
-		n.kernel.Close()
-	}
-	if n.wire != nil {
-		n.wire.close()
-	}
-	if n.filters != nil {
-		errs = append(errs, n.filters.close())
-	}
-	if n.home != nil {
-		errs = append(errs, n.home.Close())
+	if n.space != nil {
+		errs = append(errs, n.space.close())
 	}
 	return errors.Join(errs...)
 }
@@ -248,7 +232,7 @@ func (n *Network) Control(network, address string, c syscall.RawConn) error {
 		return nil //nolint:nilerr // a path, of a unix socket
 	}
 	made := -1
-	err = visit(int(n.home.Fd()), int(n.fabric.ns.Fd()), func() (err error) {
+	err = inNamespace(int(n.fabric.ns.Fd()), func() (err error) {
 		made, err = unix.Socket(unix.AF_INET, kind|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 		return err
 	})

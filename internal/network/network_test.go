@@ -637,7 +637,7 @@ func TestAttach_Fails(t *testing.T) {
 		id string
 		ns int
 	}{
-		"connected already": {"again", a.ns}, "name in use": {a.lease.Veth, newNamespace(t)}, "no namespace": {"none", int(w.net.home.Fd()) + 1000},
+		"connected already": {"again", a.ns}, "name in use": {a.lease.Veth, newNamespace(t)}, "no namespace": {"none", int(w.net.ns.Fd()) + 1000},
 		"name too long": {"0123456789abcdef", newNamespace(t)}, "no name": {"", newNamespace(t)},
 	} {
 		if l, err := w.net.Attach(t.Context(), at.id, at.ns); err == nil {

@@ -227,19 +227,18 @@ func sysctl(name, value string) error {
 
 // inNamespace runs f on a thread in another network namespace.
 func inNamespace(netns int, f func() error) error {
-	home, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("open network namespace: %w", err)
-	}
-	defer func() { _ = unix.Close(home) }()
-	return visit(home, netns, f)
-}
-
-// visit runs f on a thread in another network namespace, which then returns home.
-func visit(home, netns int, f func() error) (err error) {
+	var err error
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		runtime.LockOSThread()
+		var home int
+		home, err = unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			runtime.UnlockOSThread()
+			err = fmt.Errorf("open network namespace: %w", err)
+			return
+		}
+		defer func() { _ = unix.Close(home) }()
 		if err = unix.Setns(netns, unix.CLONE_NEWNET); err != nil {
 			runtime.UnlockOSThread()
 			err = fmt.Errorf("enter network namespace: %w", err)
