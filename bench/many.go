@@ -241,13 +241,6 @@ type part struct {
 
 // parts measures what the kernel holds for such things, in KiB for each.
 func (b *bench) parts(count int) (map[string]float64, error) {
-	ip := func(line string, args ...any) error {
-		out, err := exec.CommandContext(b.ctx, "ip", strings.Fields(fmt.Sprintf(line, args...))...).CombinedOutput() //nolint:gosec // a benchmark
-		if err != nil {
-			return fmt.Errorf("ip "+line+": %w: %s", append(args, err, out)...)
-		}
-		return nil
-	}
 	groups := "/sys/fs/cgroup/memory/fcbench-parts"
 	if _, err := os.Stat("/sys/fs/cgroup/memory"); err != nil {
 		groups = "/sys/fs/cgroup/fcbench-parts"
@@ -256,11 +249,15 @@ func (b *bench) parts(count int) (map[string]float64, error) {
 		return nil, err
 	}
 	defer func() { _ = os.Remove(groups) }()
+	space := func(i int) string { return fmt.Sprintf("fcbench-part%d", i) }
+	group := func(i int) string { return filepath.Join(groups, strconv.Itoa(i)) }
 	each := map[string]float64{}
 	for _, p := range []part{
-		{"network namespace", func(i int) error { return ip("netns add fcbench-part%d", i) }, nil},
-		{"veth pair", func(i int) error { return ip("link add fcbpart%d type veth peer name eth0 netns fcbench-part%[1]d", i) }, func(i int) error { return ip("netns delete fcbench-part%d", i) }},
-		{"memory cgroup", func(i int) error { return os.Mkdir(filepath.Join(groups, strconv.Itoa(i)), 0o755) }, func(i int) error { return os.Remove(filepath.Join(groups, strconv.Itoa(i))) }}, //nolint:gosec // a cgroup
+		{"network namespace", func(i int) error { return b.ip("netns add " + space(i)) }, nil},
+		{"veth pair", func(i int) error {
+			return b.ip(fmt.Sprintf("link add fcbpart%d type veth peer name eth0 netns %s", i, space(i)))
+		}, func(i int) error { return b.ip("netns delete " + space(i)) }},
+		{"memory cgroup", func(i int) error { return os.Mkdir(group(i), 0o755) }, func(i int) error { return os.Remove(group(i)) }}, //nolint:gosec // a cgroup
 	} {
 		held, _ := kernel()
 		for i := range count {

@@ -95,6 +95,15 @@ func (b *bench) proxy(name, config string, args ...string) (pid int, stop func()
 	return cmd.Process.Pid, func() { _ = cmd.Process.Signal(syscall.SIGTERM); _ = cmd.Wait() }, nil
 }
 
+// ip runs a line of ip(8).
+func (b *bench) ip(line string) error {
+	out, err := exec.CommandContext(b.ctx, "ip", strings.Fields(line)...).CombinedOutput() //nolint:gosec // a benchmark
+	if err != nil {
+		return fmt.Errorf("ip %s: %w: %s", line, err, out)
+	}
+	return nil
+}
+
 // Where the peers' backend is: another container's network, as it is usual.
 const (
 	peerSpace  = "fcbench-peer"
@@ -107,8 +116,8 @@ const (
 // a longer way than ours, which is not what they are compared for.
 func (b *bench) beside() (addr string, end func(), err error) {
 	sweep := func() {
-		_ = exec.CommandContext(b.ctx, "ip", "netns", "delete", peerSpace).Run()
-		_ = exec.CommandContext(b.ctx, "ip", "link", "delete", peerBridge).Run()
+		_ = b.ip("netns delete " + peerSpace)
+		_ = b.ip("link delete " + peerBridge)
 	}
 	sweep() // of a run that was cut off
 	for _, line := range []string{
@@ -117,9 +126,9 @@ func (b *bench) beside() (addr string, end func(), err error) {
 		"link add " + peerBridge + "0 type veth peer name eth0 netns " + peerSpace, "link set " + peerBridge + "0 master " + peerBridge + " up",
 		"-n " + peerSpace + " addr add " + peerRange + "2/24 dev eth0", "-n " + peerSpace + " link set eth0 up",
 	} {
-		if out, err := exec.CommandContext(b.ctx, "ip", strings.Fields(line)...).CombinedOutput(); err != nil { //nolint:gosec // a benchmark
+		if err := b.ip(line); err != nil {
 			sweep()
-			return "", nil, fmt.Errorf("ip %s: %w: %s", line, err, out)
+			return "", nil, err
 		}
 	}
 	cmd := exec.CommandContext(b.ctx, "ip", "netns", "exec", peerSpace, "taskset", "-c", "1", filepath.Join(b.root, "server")) //nolint:gosec // a benchmark
