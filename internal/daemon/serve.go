@@ -362,14 +362,8 @@ func (d *Daemon) doorConfig() dispatch.Config {
 	return c
 }
 
-// forgetSaved removes the saved processes of a deleted app, once what adopted
-// instances use of them is held.
-func (d *Daemon) forgetSaved(ctx context.Context, held <-chan struct{}, app fleet.AppName) {
-	select {
-	case <-held:
-	case <-ctx.Done():
-		return
-	}
+// forgetSaved removes the saved processes of a deleted app.
+func (d *Daemon) forgetSaved(app fleet.AppName) {
 	if err := d.node.ForgetSaved(app); err != nil {
 		d.log.Warn("remove checkpoints", "app", app, "error", err)
 	}
@@ -377,14 +371,8 @@ func (d *Daemon) forgetSaved(ctx context.Context, held <-chan struct{}, app flee
 
 // keepSaved removes the saved processes that no start on this host will use: of
 // another kernel or CRIU, and of revisions that are neither an app's current one nor
-// the one that a rollback goes to. It waits until what adopted instances use of
-// them is held. which: of one app; "": of all.
-func (d *Daemon) keepSaved(ctx context.Context, held <-chan struct{}, which fleet.AppName) {
-	select {
-	case <-held:
-	case <-ctx.Done():
-		return
-	}
+// the one that a rollback goes to. which: of one app; "": of all.
+func (d *Daemon) keepSaved(ctx context.Context, which fleet.AppName) {
 	_, err := d.checkpoints.Keep(func(app fleet.AppName, key string) bool {
 		return which != "" && app != which || d.wanted(ctx, app, key)
 	})
@@ -421,6 +409,17 @@ func (d *Daemon) wanted(ctx context.Context, app fleet.AppName, key string) bool
 // starts what goes on in the background.
 func (d *Daemon) begin(ctx, background context.Context) error {
 	synced, held := make(chan struct{}), make(chan struct{})
+	// later does something once what adopted instances use of saved processes is
+	// held.
+	later := func(do func()) {
+		d.work.Go(func() {
+			select {
+			case <-held:
+				do()
+			case <-background.Done():
+			}
+		})
+	}
 	d.work.Go(func() {
 		all := false // apps are known
 		err := store.WatchApps(background, d.store, func(c store.AppChange) error {
@@ -435,9 +434,9 @@ func (d *Daemon) begin(ctx, background context.Context) error {
 			d.routes.set(c)
 			switch all = all || c.Synced; {
 			case c.Deleted:
-				d.work.Go(func() { d.forgetSaved(background, held, c.App.Name) })
+				later(func() { d.forgetSaved(c.App.Name) })
 			case all: // Synced has no name
-				d.work.Go(func() { d.keepSaved(background, held, c.App.Name) })
+				later(func() { d.keepSaved(background, c.App.Name) })
 			}
 			return nil
 		})
