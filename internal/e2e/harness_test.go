@@ -19,7 +19,6 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
-	"golang.org/x/sys/unix"
 
 	"github.com/fastcontainer/fastcontainer/internal/api"
 	"github.com/fastcontainer/fastcontainer/internal/events"
@@ -174,8 +173,7 @@ func (d *daemon) end() {
 	if left := d.leftovers(); len(left) > 0 {
 		d.t.Errorf("left on the host: %q", left)
 	}
-	_ = unix.Unmount(d.fabric(), unix.MNT_DETACH) // the host's interface goes with it
-	_ = os.Remove(d.fabric())
+	_ = exec.Command("ip", "netns", "delete", "fastcontainer-"+d.name).Run() // the host's interface goes with it
 	_ = exec.Command("nft", "delete", "table", "ip", "fastcontainer-"+d.name).Run()
 	_ = exec.Command("nft", "delete", "table", "inet", "fastcontainer-"+d.name).Run()
 	for _, g := range cgroups(d.name) {
@@ -194,13 +192,10 @@ func cgroups(name string) []string {
 	return found
 }
 
-// fabric is the file of the network namespace that the containers' ports are in.
-func (d *daemon) fabric() string { return "/run/netns/fastcontainer-" + d.name }
-
-// ports are the links there that lead to containers.
+// ports are the links that lead to containers, in their namespace.
 func (d *daemon) ports() []string {
 	d.t.Helper()
-	ns, err := netns.GetFromPath(d.fabric())
+	ns, err := netns.GetFromName("fastcontainer-" + d.name)
 	if err != nil {
 		return nil // it never began
 	}

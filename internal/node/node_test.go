@@ -129,7 +129,7 @@ func (b *bench) open() {
 	b.node, err = New(Config{
 		Name: "test", Runtimes: map[fleet.Runtime]sandbox.Runtime{fleet.RuntimeNative: b.box}, Images: b.images,
 		RunDir: filepath.Join(b.dir, "run"), LogDir: filepath.Join(b.dir, "logs"), VolumeDir: filepath.Join(b.dir, "volumes"),
-		Logger: log, Gone: func(i *Instance) { b.gone <- i },
+		Logger: log, Gone: func(i *Instance) { b.gone <- i }, Control: b.net.Control,
 		Events: func(e fleet.Event) {
 			b.mu.Lock()
 			b.events = append(b.events, e)

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -66,6 +67,22 @@ func playDaemon() error {
 	}
 }
 
+// startDaemon plays one in a process of its own, which prints to out.
+func startDaemon(t *testing.T, group string, env ...string) (daemon *exec.Cmd, out io.Reader) {
+	t.Helper()
+	daemon = exec.Command(os.Args[0])
+	daemon.Env = append(append(os.Environ(), "SANDBOX_TEST_DAEMON="+group), env...)
+	daemon.Stderr = os.Stderr
+	out, err := daemon.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := daemon.Start(); err != nil {
+		t.Fatal(err)
+	}
+	return daemon, out
+}
+
 // processesIn lists what runs in the groups of a test's daemon.
 func processesIn(t *testing.T, group string) map[string][]int {
 	t.Helper()
@@ -90,16 +107,7 @@ func TestNative_KilledDaemonLeavesOnlyWhatCanBeAdopted(t *testing.T) {
 	const group = "/fastcontainer-test-crash"
 	root, log := busyboxRoot(t), filepath.Join(t.TempDir(), "log")
 	for round, wait := range []time.Duration{0, 3 * time.Millisecond, 20 * time.Millisecond} {
-		daemon := exec.Command(os.Args[0])
-		daemon.Env = append(os.Environ(), "SANDBOX_TEST_DAEMON="+group, "SANDBOX_TEST_ROOT="+root, "SANDBOX_TEST_LOG="+log)
-		daemon.Stderr = os.Stderr
-		out, err := daemon.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := daemon.Start(); err != nil {
-			t.Fatal(err)
-		}
+		daemon, out := startDaemon(t, group, "SANDBOX_TEST_ROOT="+root, "SANDBOX_TEST_LOG="+log)
 		line, err := bufio.NewReader(out).ReadString('\n')
 		if err != nil {
 			t.Fatalf("the daemon did not start a container: %v", err)
@@ -146,16 +154,7 @@ func TestNative_KilledDaemonLeavesOnlyWhatCanBeAdopted(t *testing.T) {
 // at what is saved. Here it stands still, and so would go on for ever.
 func TestOpen_EndsWhatSavesForAnEarlierDaemon(t *testing.T) {
 	const group = "/fastcontainer-test-saver"
-	daemon := exec.Command(os.Args[0])
-	daemon.Env = append(os.Environ(), "SANDBOX_TEST_DAEMON="+group, "SANDBOX_TEST_CRIU="+testCRIU)
-	daemon.Stderr = os.Stderr
-	out, err := daemon.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := daemon.Start(); err != nil {
-		t.Fatal(err)
-	}
+	daemon, out := startDaemon(t, group, "SANDBOX_TEST_CRIU="+testCRIU)
 	var pid int
 	if _, err := fmt.Fscan(out, &pid); err != nil {
 		t.Fatalf("the daemon did not start CRIU: %v", err)

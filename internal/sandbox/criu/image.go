@@ -185,6 +185,9 @@ func edit(name string, magic uint32, f func(entry []byte) ([]byte, error)) error
 			out = append(le.AppendUint32(out, uint32(len(entry))), entry...) //nolint:gosec // small
 		}
 	}
+	if bytes.Equal(out, b) { // it was only read
+		return nil
+	}
 	if err := os.WriteFile(name, out, 0o600); err != nil {
 		return fmt.Errorf("write image: %w", err)
 	}
