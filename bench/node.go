@@ -26,7 +26,7 @@ import (
 type node struct {
 	b      *bench
 	cmd    *exec.Cmd
-	name   string // of its bridge and cgroup
+	name   string // of its interface and cgroup
 	http   string
 	client *api.Client
 	log    *os.File
@@ -46,7 +46,7 @@ func (b *bench) start(pin, more string) (*node, error) {
 	config := filepath.Join(dir, "config.yaml")
 	b.nodes++
 	name := fmt.Sprintf("fcbench%d", b.nodes)
-	text := fmt.Sprintf("data: %[1]s/data\nrun: /run/%[3]s\nhttp: %[2]s\nnetwork: {bridge: %[3]s, subnet: 10.%[4]d.0.0/16}\nsandbox: {cgroup: /%[3]s, uid_base: %[5]d, uid_count: 1024}\ndoor: {max_conns_per_ip: 10000}\n",
+	text := fmt.Sprintf("data: %[1]s/data\nrun: /run/%[3]s\nhttp: %[2]s\nnetwork: {interface: %[3]s, subnet: 10.%[4]d.0.0/16}\nsandbox: {cgroup: /%[3]s, uid_base: %[5]d, uid_count: 1024}\ndoor: {max_conns_per_ip: 10000}\n",
 		dir, addr, name, 70+b.nodes, 1<<29+b.nodes<<26) + more
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		return nil, err

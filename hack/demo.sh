@@ -40,7 +40,7 @@ cat >"$dir/config.yaml" <<EOF
 data: $dir/data
 run: $dir/run
 http: 127.0.0.1:$port
-network: {bridge: fcdemo, subnet: 10.88.0.0/20}
+network: {interface: fcdemo, subnet: 10.88.0.0/20}
 sandbox: {cgroup: /fcdemo}
 EOF
 

@@ -27,7 +27,7 @@ ln -s /proc/self/fd /dev/fd
 ip link set lo up
 hostname v2
 ulimit -n 65536
-for m in overlay veth bridge nf_tables nft_chain_nat nft_ct loop tcp_diag unix_diag udp_diag af_packet_diag netlink_diag inet_diag; do
+for m in overlay veth nf_tables nft_chain_nat nft_ct loop tcp_diag unix_diag udp_diag af_packet_diag netlink_diag inet_diag; do
 	modprobe $m || echo "v2: no module $m"
 done
 # The tests' directories are on ext4, as images are in life: before Linux 6.3

@@ -72,7 +72,7 @@ done
 cp --remove-destination "$(command -v busybox)" "$root/bin/busybox"
 modules=$kernel/lib/modules/$version
 [ -d "$modules" ] || modules=$kernel/usr/lib/modules/$version
-for part in net/{802,bridge,ipv4,ipv6,llc,netfilter,netlink,packet,unix,xfrm} fs/overlayfs lib/libcrc32c.ko lib/crc32c_generic.ko crypto/crc32c_generic.ko arch/x86/crypto/crc32c-intel.ko \
+for part in net/{802,ipv4,ipv6,llc,netfilter,netlink,packet,unix,xfrm} fs/overlayfs lib/libcrc32c.ko lib/crc32c_generic.ko crypto/crc32c_generic.ko arch/x86/crypto/crc32c-intel.ko \
 	drivers/net/{veth,dummy,tun,macvlan}.ko drivers/block/loop.ko fs/fuse; do
 	for file in "$modules/kernel/$part"*; do
 		[ -e "$file" ] || continue

@@ -152,10 +152,10 @@ type EtcdConfig struct {
 }
 
 // NetworkConfig is how containers are connected. Two daemons on one machine
-// need two bridges, subnets, cgroups and ranges of user ids.
+// need two interfaces, subnets, cgroups and ranges of user ids.
 type NetworkConfig struct {
-	// Bridge is the name of the interface to them, at most 15 characters. Default fc0.
-	Bridge string `yaml:"bridge"`
+	// Interface is the name of the host's interface to them, at most 15 characters. Default fc0.
+	Interface string `yaml:"interface"`
 	// Subnet is the IPv4 prefix of the containers' addresses, /8 to /28. Default 10.89.0.0/16.
 	Subnet string `yaml:"subnet"`
 	// DNS are the servers given to containers. Default: the host's.
@@ -207,7 +207,7 @@ func Default() Config {
 			MaxBody: fleet.Bytes(d.MaxBody), MaxConns: d.MaxConns, MaxConnsPerIP: d.MaxConnsPerIP,
 			ResponseTimeout: fleet.Duration(d.ResponseTimeout),
 		},
-		Network:    NetworkConfig{Bridge: "fc0", Subnet: "10.89.0.0/16"},
+		Network:    NetworkConfig{Interface: "fc0", Subnet: "10.89.0.0/16"},
 		Sandbox:    SandboxConfig{Cgroup: "/fastcontainer", UIDBase: 536870912, UIDCount: 16384, Pool: 4},
 		Images:     ImagesConfig{Refresh: fleet.Duration(5 * time.Minute), MaxSize: 20 << 30},
 		Holds:      HoldsConfig{PerApp: 1000, Total: 10000, Timeout: fleet.Duration(30 * time.Second)},
@@ -288,8 +288,8 @@ func (c *Config) Validate() error {
 	if p, err := netip.ParsePrefix(c.Network.Subnet); err != nil || !p.Addr().Is4() || p.Bits() < 8 || p.Bits() > 28 {
 		bad("network.subnet", "%q is not an IPv4 prefix between /8 and /28", c.Network.Subnet)
 	}
-	if n := len(c.Network.Bridge); n == 0 || n > 15 || strings.ContainsAny(c.Network.Bridge, "/ \t\n") {
-		bad("network.bridge", "%q is not an interface name of 1 to 15 characters", c.Network.Bridge)
+	if n := len(c.Network.Interface); n == 0 || n > 15 || strings.ContainsAny(c.Network.Interface, "/ \t\n") {
+		bad("network.interface", "%q is not an interface name of 1 to 15 characters", c.Network.Interface)
 	}
 	for _, pair := range []struct{ key, value, other, needs string }{
 		{"etcd.cert", c.Etcd.Cert, "etcd.key", c.Etcd.Key}, {"etcd.key", c.Etcd.Key, "etcd.cert", c.Etcd.Cert},

@@ -170,7 +170,7 @@ func routes4(c Config) Finding {
 		f.OK, f.Found = false, err.Error()
 		return f
 	}
-	links, err := netlink.LinkByName(c.Network.Bridge)
+	links, err := netlink.LinkByName(c.Network.Interface)
 	own := -1
 	if err == nil {
 		own = links.Attrs().Index

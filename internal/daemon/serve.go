@@ -289,7 +289,7 @@ func (d *Daemon) openRuntimes(ctx context.Context) error {
 		dns[i] = netip.MustParseAddr(s) // Validate parsed it
 	}
 	n, err := network.Open(ctx, network.Config{
-		Logger: d.log, Bridge: c.Network.Bridge, Subnet: netip.MustParsePrefix(c.Network.Subnet), Table: table(c.Network.Bridge), DNS: dns,
+		Logger: d.log, Interface: c.Network.Interface, Subnet: netip.MustParsePrefix(c.Network.Subnet), Table: table(c.Network.Interface), DNS: dns,
 	})
 	if err != nil {
 		return err
@@ -334,13 +334,13 @@ const (
 	ociUIDCount = 4096
 )
 
-// table is the nftables table that belongs to a bridge: two daemons on one
-// host have two bridges.
-func table(bridge string) string {
-	if bridge == "fc0" {
+// table is the nftables table that belongs to an interface: two daemons on
+// one host have two.
+func table(iface string) string {
+	if iface == "fc0" {
 		return "fastcontainer"
 	}
-	return "fastcontainer-" + bridge
+	return "fastcontainer-" + iface
 }
 
 func (d *Daemon) doorConfig() dispatch.Config {

@@ -56,7 +56,7 @@ type daemon struct {
 	t      *testing.T
 	dir    string
 	config string
-	name   string // of its bridge and cgroup
+	name   string // of its interface and cgroup
 	http   string
 	args   []string
 	cmd    *exec.Cmd
@@ -83,7 +83,7 @@ func newDaemon(t *testing.T, more string, args ...string) *daemon {
 data: %[1]s/data
 run: %[1]s/run
 http: %[2]s
-network: {bridge: %[3]s, subnet: 10.%[4]d.%[7]d.0/22}
+network: {interface: %[3]s, subnet: 10.%[4]d.%[7]d.0/22}
 sandbox: {cgroup: /%[3]s, uid_base: %[5]d, uid_count: 1024, pool: 2}
 %[6]s
 `, dir, d.http, d.name, 130+n/64%100, 1<<30+int(n%8)<<26, more, n%64*4)

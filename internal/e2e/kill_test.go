@@ -132,7 +132,7 @@ func (d *daemon) census() map[string]int {
 		}
 	}
 	c["namespaces"], c["children"] = len(seen), children
-	for _, family := range []string{"ip", "bridge"} {
+	for _, family := range []string{"ip", "inet"} {
 		rules, _ := exec.Command("nft", "list", "table", family, "fastcontainer-"+d.name).Output()
 		c["lines of nft rules of "+family] = strings.Count(string(rules), "\n")
 	}

@@ -1,8 +1,10 @@
 package network
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -18,9 +20,15 @@ import (
 )
 
 // fabric is what lies between containers and the host: a network namespace with
-// a bridge, whose ports lead to containers, and an uplink, whose other end is
-// the host's one interface. It has the node's address, and forwards between the
-// two; connections to containers begin here (see Control).
+// a port for each container, and an uplink, whose other end is the host's one
+// interface. It has the node's address, and is a router between the two;
+// connections to containers begin here (see Control).
+//
+// A port is a link between two: no container shares one with another. It leads
+// to one address, and nothing passes that comes from elsewhere than where its
+// answer would go (rp_filter, RFC 3704), so each container is held to its own.
+// Nobody asks for hardware addresses there, and nobody tells any: both ends have
+// the same one, and it is not looked at.
 //
 // The host sees one interface, however many containers come and go: its udev,
 // its network manager and whoever else listens are not told of each, its
@@ -33,13 +41,11 @@ type fabric struct {
 	*space
 	file   string
 	fresh  bool // there was none
-	bridge int
 	uplink int
 }
 
 // In the fabric.
 const (
-	bridgeName = "bridge"
 	uplinkName = "uplink"
 
 	leavingGroup = 1 // ports that are about to be removed; all others are in 0
@@ -56,28 +62,23 @@ func openFabric(file string) (*fabric, error) {
 		if fresh {
 			err = errors.Join(err, release(file))
 		}
-		return nil, fmt.Errorf("open the bridge's namespace %s: %w", file, err)
+		return nil, fmt.Errorf("open the fabric %s: %w", file, err)
 	}
 	return f, nil
 }
 
-// furnish makes the bridge and its address, or takes over those of an earlier
-// process. The uplink is there.
-func (f *fabric) furnish(node netip.Prefix) (err error) {
+// furnish makes it a router that has the node's address, or takes over those of
+// an earlier process. The uplink is there.
+func (f *fabric) furnish(node netip.Addr) (err error) {
 	if f.uplink, err = f.wire.index(uplinkName); err != nil {
 		return fmt.Errorf("find uplink: %w", err)
-	}
-	if f.bridge, err = f.wire.index(bridgeName); errors.Is(err, unix.ENODEV) {
-		f.bridge, err = f.makeBridge()
-	}
-	if err != nil {
-		return fmt.Errorf("make bridge: %w", err)
 	}
 	if err := f.settleAddress(node); err != nil {
 		return err
 	}
 	err = inNamespace(int(f.ns.Fd()), func() error {
-		return errors.Join(settleParameters("all"), settleParameters(bridgeName), settleParameters(uplinkName), sysctl("ipv4/ip_forward", "1"))
+		// Ports take the defaults.
+		return errors.Join(settleParameters("all"), settleParameters("default"), settleParameters(uplinkName), sysctl("ipv4/ip_forward", "1"))
 	})
 	if err != nil {
 		return err
@@ -94,60 +95,46 @@ func (f *fabric) furnish(node netip.Prefix) (err error) {
 	return nil
 }
 
-func (f *fabric) makeBridge() (int, error) {
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name = bridgeName
-	snooping := false // ports are isolated: there is nothing to learn of groups
-	if err := f.kernel.LinkAdd(&netlink.Bridge{LinkAttrs: attrs, MulticastSnooping: &snooping}); err != nil {
-		return 0, err
-	}
-	return f.wire.index(bridgeName)
-}
-
-// settleAddress gives the bridge the node's address, and takes away that of an
+// settleAddress gives the fabric the node's address, and takes away that of an
 // earlier configuration, unless containers still rely on it. The uplink has the
-// hardware address that goes with it, too.
-func (f *fabric) settleAddress(node netip.Prefix) error {
-	link, err := f.kernel.LinkByName(bridgeName)
+// hardware address that goes with it.
+func (f *fabric) settleAddress(node netip.Addr) error {
+	lo := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Name: "lo", Index: loopback}} // it never goes, nor do the routes that rely on its address
+	addrs, err := all(func() ([]netlink.Addr, error) { return f.kernel.AddrList(lo, netlink.FAMILY_V4) })
 	if err != nil {
-		return fmt.Errorf("find bridge: %w", err)
-	}
-	addrs, err := all(func() ([]netlink.Addr, error) { return f.kernel.AddrList(link, netlink.FAMILY_V4) })
-	if err != nil {
-		return fmt.Errorf("list addresses of the bridge: %w", err)
+		return fmt.Errorf("list the fabric's addresses: %w", err)
 	}
 	for _, a := range addrs {
 		p, ok := asPrefix(a.IPNet)
-		if ok && p == node {
+		switch {
+		case ok && p.Addr().IsLoopback():
+			continue
+		case ok && p.Addr() == node:
 			return nil
 		}
 		if ports, err := f.ports(); err != nil || len(ports) > 0 {
-			return errors.Join(err, &fleet.Error{Op: "open network", Subject: node.Masked().String(), Kind: fleet.ErrConflict, Err: fmt.Errorf("%d containers are connected to %s", len(ports), p), Hint: "keep network.subnet while containers are connected"})
+			return errors.Join(err, &fleet.Error{Op: "open network", Subject: node.String(), Kind: fleet.ErrConflict, Err: fmt.Errorf("%d containers are connected to %s", len(ports), p.Addr()), Hint: "keep network.subnet while containers are connected"})
 		}
-		if err := f.kernel.AddrDel(link, &a); err != nil {
-			return fmt.Errorf("remove address %s of the bridge: %w", p, err)
+		if err := f.kernel.AddrDel(lo, &a); err != nil {
+			return fmt.Errorf("remove the fabric's address %s: %w", p, err)
 		}
 	}
 	uplink, err := f.kernel.LinkByName(uplinkName)
 	if err != nil {
 		return fmt.Errorf("find uplink: %w", err)
 	}
-	// A bridge that has no hardware address of its own takes the lowest of its
-	// ports', so that it changes as containers come and go.
-	for _, l := range []netlink.Link{link, uplink} {
-		if err := f.kernel.LinkSetHardwareAddr(l, hardwareAddr(node.Addr())); err != nil {
-			return fmt.Errorf("give %s its hardware address: %w", l.Attrs().Name, err)
-		}
+	if err := f.kernel.LinkSetHardwareAddr(uplink, hardwareAddr(node)); err != nil {
+		return fmt.Errorf("give uplink its hardware address: %w", err)
 	}
-	if err := f.wire.address(f.bridge, node); err != nil {
-		return fmt.Errorf("give bridge its address: %w", err)
+	if err := f.wire.address(loopback, node); err != nil {
+		return fmt.Errorf("give the fabric its address: %w", err)
 	}
 	return nil
 }
 
 // raise comes after the rules. What is for elsewhere goes to the host.
 func (f *fabric) raise() error {
-	for _, index := range []int{f.bridge, f.uplink} {
+	for _, index := range []int{loopback, f.uplink} {
 		if err := f.wire.raise(index); err != nil {
 			return fmt.Errorf("raise interface: %w", err)
 		}
@@ -165,14 +152,10 @@ func (f *fabric) raise() error {
 // interface, from which the host asks containers.
 var host = netip.AddrFrom4([4]byte{169, 254, 0, 1})
 
-// openTables replaces what keeps containers from each other where the fabric
-// would forward what they send to it, in one transaction. For what they send to
-// each other see guard.
+// openTables replaces what keeps containers from each other, in one transaction:
+// nothing is forwarded but from the uplink or to it.
 //
-// Frames to the group addresses of bridges (01:80:c2:00:00:0e and its siblings)
-// pass neither: the kernel takes them from the port itself. But it forwards
-// nothing that was not for its own hardware address, and takes nothing from a
-// port that has no way back to the sender (rp_filter).
+// Of frames to group addresses the kernel forwards nothing.
 func (f *fabric) openTables(name string) error {
 	t := &nftables.Table{Family: nftables.TableFamilyIPv4, Name: name}
 	err := f.filters.change(func(c *nftables.Conn) error {
@@ -180,7 +163,7 @@ func (f *fabric) openTables(name string) error {
 		c.DelTable(t)
 		c.AddTable(t)
 		forward := c.AddChain(&nftables.Chain{Name: "forward", Table: t, Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookForward, Priority: nftables.ChainPriorityFilter})
-		rule(c, forward, iface(expr.MetaKeyIIFNAME, bridgeName, expr.CmpOpEq), iface(expr.MetaKeyOIFNAME, bridgeName, expr.CmpOpEq), verdict(expr.VerdictDrop))
+		rule(c, forward, iface(expr.MetaKeyIIFNAME, uplinkName, expr.CmpOpNeq), iface(expr.MetaKeyOIFNAME, uplinkName, expr.CmpOpNeq), verdict(expr.VerdictDrop))
 		return nil
 	})
 	if err != nil {
@@ -198,7 +181,7 @@ func (f *fabric) ports() ([]string, error) {
 	}
 	var names []string
 	for _, l := range links {
-		if a := l.Attrs(); a.MasterIndex != 0 && a.MasterIndex == f.bridge && l.Type() == "veth" {
+		if a := l.Attrs(); l.Type() == "veth" && a.Name != uplinkName && bytes.HasPrefix(a.HardwareAddr, hardwarePrefix) {
 			names = append(names, a.Name)
 		}
 	}
@@ -263,3 +246,10 @@ func release(file string) error {
 	}
 	return nil
 }
+
+// hardwareAddr follows from an address; it is locally administered.
+func hardwareAddr(a netip.Addr) net.HardwareAddr {
+	return append(slices.Clone(hardwarePrefix), a.AsSlice()...)
+}
+
+var hardwarePrefix = net.HardwareAddr{0x02, 0xfc}

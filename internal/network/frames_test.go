@@ -78,47 +78,58 @@ func TestFrames_OfOwnMaking(t *testing.T) {
 	host, victim := netip.MustParseAddr(otherAddr), b.lease.Address
 	own := hardwareAddr(a.lease.Address)
 	atHost, atVictim := w.listen(w.host, "udp4", "0.0.0.0:7000"), w.listen(b.ns, "udp4", "0.0.0.0:7000")
-	// The kernel's filter against forged senders would hide what is missing.
-	w.in(w.host, func() error { return sysctl("ipv4/conf/all/rp_filter", "0") })
-	blind := func() {
+	atWorld := w.listen(w.outside, "udp4", "0.0.0.0:7000")
+	// The host's filter against forged senders would hide what is missing.
+	gullible := func() {
+		w.in(w.host, func() error {
+			return errors.Join(sysctl("ipv4/conf/all/rp_filter", "0"), sysctl("ipv4/conf/fcb/rp_filter", "0"))
+		})
+	}
+	blind := func() { // the fabric's, too
 		w.in(int(w.net.fabric.ns.Fd()), func() error {
 			return errors.Join(sysctl("ipv4/conf/all/rp_filter", "0"), sysctl("ipv4/conf/"+a.lease.Veth+"/rp_filter", "0"))
 		})
 	}
+	all := net.HardwareAddr{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
 	for what, tt := range map[string]struct {
-		dst  net.HardwareAddr
-		src  net.HardwareAddr
-		from netip.Addr
-		to   netip.Addr
-		hear func() string
-		lone bool // nothing stops it but one table
+		dst     net.HardwareAddr
+		from    netip.Addr
+		to      netip.Addr
+		hear    func() string
+		without func() // what stops it; nil: the kernel, whatever is set
 	}{
-		"to the host":                        {dst: hardwareAddr(w.net.gateway), src: own, from: a.lease.Address, to: host, hear: atHost, lone: true},
-		"around the bridge":                  {dst: net.HardwareAddr{1, 0x80, 0xc2, 0, 0, 0x0e}, src: own, from: a.lease.Address, to: host, hear: atHost},
-		"around the bridge, another sender":  {dst: net.HardwareAddr{1, 0x80, 0xc2, 0, 0, 3}, src: hardwareAddr(victim), from: victim, to: host, hear: atHost},
-		"to all":                             {dst: net.HardwareAddr{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}, src: own, from: a.lease.Address, to: netip.MustParseAddr("255.255.255.255"), hear: atHost},
-		"to the neighbour":                   {dst: hardwareAddr(victim), src: own, from: a.lease.Address, to: victim, hear: atVictim},
-		"to the neighbour, by the host":      {dst: hardwareAddr(w.net.gateway), src: own, from: a.lease.Address, to: victim, hear: atVictim, lone: true},
-		"to all neighbours":                  {dst: net.HardwareAddr{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}, src: own, from: a.lease.Address, to: victim, hear: atVictim},
-		"to the neighbour, as the node":      {dst: hardwareAddr(victim), src: hardwareAddr(w.net.gateway), from: w.net.gateway, to: victim, hear: atVictim},
-		"to the neighbour, as the neighbour": {dst: hardwareAddr(w.net.gateway), src: own, from: victim, to: victim, hear: atVictim},
+		"to the host":                        {dst: own, from: a.lease.Address, to: host, hear: atHost, without: w.dropRules},
+		"to a group of bridges":              {dst: net.HardwareAddr{1, 0x80, 0xc2, 0, 0, 0x0e}, from: a.lease.Address, to: host, hear: atHost},
+		"to all":                             {dst: all, from: a.lease.Address, to: netip.MustParseAddr("255.255.255.255"), hear: atHost},
+		"to the neighbour":                   {dst: own, from: a.lease.Address, to: victim, hear: atVictim, without: w.dropRules},
+		"to the neighbour's hardware":        {dst: hardwareAddr(victim), from: a.lease.Address, to: victim, hear: atVictim},
+		"to all neighbours":                  {dst: all, from: a.lease.Address, to: victim, hear: atVictim},
+		"to the neighbour, as the node":      {dst: own, from: w.net.gateway, to: victim, hear: atVictim},
+		"to the neighbour, as the neighbour": {dst: own, from: victim, to: victim, hear: atVictim},
+		"to the world, as the neighbour":     {dst: own, from: victim, to: netip.MustParseAddr(outsideAddr), hear: atWorld, without: blind},
+		"to the world, as the world":         {dst: own, from: netip.MustParseAddr("198.18.0.9"), to: netip.MustParseAddr(outsideAddr), hear: atWorld, without: func() { blind(); w.dropRules() }},
 	} {
 		t.Run(what, func(t *testing.T) {
-			blind()
-			frame := ethernet(tt.dst, tt.src, unix.ETH_P_IP, datagram4(tt.from, tt.to, 7000, what))
-			w.send(a.ns, frame)
-			if heard := tt.hear(); heard != "" {
-				t.Errorf("heard %q", heard)
+			for _, frame := range [][]byte{
+				ethernet(tt.dst, own, unix.ETH_P_IP, datagram4(tt.from, tt.to, 7000, what)),
+				ethernet(tt.dst, hardwareAddr(tt.from), unix.ETH_P_8021Q, append([]byte{0, 0, 8, 0}, datagram4(tt.from, tt.to, 7000, what)...)),
+			} {
+				gullible()
+				w.send(a.ns, frame)
+				if heard := tt.hear(); heard != "" {
+					t.Errorf("heard %q", heard)
+				}
+				if tt.without == nil {
+					continue
+				}
+				tt.without()
+				w.send(a.ns, frame)
+				if tt.hear() == "" {
+					t.Error("not heard without what stops it: the frame is no good")
+				}
+				w.reopen(a, b)
+				w.in(int(w.net.fabric.ns.Fd()), func() error { return sysctl("ipv4/conf/"+a.lease.Veth+"/rp_filter", "1") })
 			}
-			if !tt.lone {
-				return
-			}
-			w.dropRules()
-			w.send(a.ns, frame)
-			if tt.hear() == "" {
-				t.Error("not heard without the rules: the frame is no good")
-			}
-			w.reopen(a, b)
 		})
 	}
 }
@@ -132,29 +143,31 @@ func (w *world) dropRules() {
 	w.nftIn(int(w.net.fabric.ns.Fd()), "flush", "ruleset")
 }
 
-// A forged answer to "who has the victim's address" changes nothing: not for
-// the host, not for the neighbour.
+// A forged answer to "who has the victim's address" changes nothing.
 func TestFrames_ForgedARP(t *testing.T) {
 	w := newWorld(t, Config{})
 	thief, victim := w.attach(), w.attach()
 	w.serve(victim.ns, "0.0.0.0:7000")
 	w.serve(w.outside, "0.0.0.0:7000")
 	own, all := hardwareAddr(thief.lease.Address), net.HardwareAddr{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
-	for _, stolen := range []netip.Addr{victim.lease.Address, w.net.gateway} {
+	for _, stolen := range []netip.Addr{victim.lease.Address, w.net.gateway, host} {
 		for _, src := range []net.HardwareAddr{own, hardwareAddr(stolen)} {
 			arp := []byte{0, 1, 8, 0, 6, 4, 0, 2}
 			arp = append(append(append(append(arp, own...), stolen.AsSlice()...), all...), stolen.AsSlice()...)
 			w.send(thief.ns, ethernet(all, src, unix.ETH_P_ARP, arp))
 		}
 	}
-	neigh, err := w.net.fabric.kernel.NeighList(w.net.fabric.bridge, netlink.FAMILY_V4)
+	neigh, err := w.net.fabric.kernel.NeighList(0, netlink.FAMILY_V4)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, e := range neigh {
-		if a, _ := netip.AddrFromSlice(e.IP.To4()); e.HardwareAddr.String() != hardwareAddr(a).String() {
-			t.Errorf("the host sends to %s what is for %s", e.HardwareAddr, a)
+		if e.State&netlink.NUD_PERMANENT == 0 { // the host alone is told of, by us
+			t.Errorf("the fabric sends to %s what is for %s", e.HardwareAddr, e.IP)
 		}
+	}
+	if _, err := w.dial(victim.lease.Address.String() + ":7000"); err != nil {
+		t.Errorf("daemon to victim: %v", err)
 	}
 	if _, err := w.ask(w.host, victim.lease.Address.String()+":7000", ""); err != nil {
 		t.Errorf("host to victim: %v", err)
@@ -201,10 +214,10 @@ func TestIPv6_IsCut(t *testing.T) {
 		hear func() string
 		lone bool
 	}{
-		"to the host":       {dst: hardwareAddr(w.net.gateway), to: host6, hear: atHost},
-		"around the bridge": {dst: net.HardwareAddr{1, 0x80, 0xc2, 0, 0, 0x0e}, to: host6, hear: atHost},
-		"to the neighbour":  {dst: hardwareAddr(b.lease.Address), to: neighbour6, hear: atNeighbour},
-		"to all":            {dst: net.HardwareAddr{0x33, 0x33, 0, 0, 0, 1}, to: netip.MustParseAddr("ff02::1"), hear: atNeighbour},
+		"to the host":           {dst: own, to: host6, hear: atHost},
+		"to a group of bridges": {dst: net.HardwareAddr{1, 0x80, 0xc2, 0, 0, 0x0e}, to: host6, hear: atHost},
+		"to the neighbour":      {dst: hardwareAddr(b.lease.Address), to: neighbour6, hear: atNeighbour},
+		"to all":                {dst: net.HardwareAddr{0x33, 0x33, 0, 0, 0, 1}, to: netip.MustParseAddr("ff02::1"), hear: atNeighbour},
 	} {
 		t.Run(what, func(t *testing.T) {
 			frame := ethernet(tt.dst, own, unix.ETH_P_IPV6, datagram6(own6, tt.to, 7000, what))

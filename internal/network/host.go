@@ -16,12 +16,12 @@ import (
 // openLink makes the host's interface, whose other end is the fabric's uplink,
 // or takes over that of an earlier process, with the containers behind it.
 func (n *Network) openLink() error {
-	link, err := n.kernel.LinkByName(n.cfg.Bridge)
+	link, err := n.kernel.LinkByName(n.cfg.Interface)
 	if _, missing := errors.AsType[netlink.LinkNotFoundError](err); err != nil && !missing {
-		return fmt.Errorf("find interface %s: %w", n.cfg.Bridge, err)
+		return fmt.Errorf("find interface %s: %w", n.cfg.Interface, err)
 	}
 	if err == nil && !ours(link) {
-		return &fleet.Error{Op: "open network", Subject: n.cfg.Bridge, Kind: fleet.ErrConflict, Err: fmt.Errorf("the host has an interface of this name, a %s", link.Type()), Hint: "choose another name with network.bridge in the configuration"}
+		return &fleet.Error{Op: "open network", Subject: n.cfg.Interface, Kind: fleet.ErrConflict, Err: fmt.Errorf("the host has an interface of this name, a %s", link.Type()), Hint: "choose another name with network.interface in the configuration"}
 	}
 	if err != nil || !n.leads(link) {
 		if link, err = n.makeLink(link); err != nil {
@@ -32,7 +32,7 @@ func (n *Network) openLink() error {
 	if err := n.checkSubnet(); err != nil {
 		return err
 	}
-	return settleParameters(n.cfg.Bridge)
+	return settleParameters(n.cfg.Interface)
 }
 
 // ours are interfaces with the hardware address that the host's end has.
@@ -50,7 +50,7 @@ func (n *Network) leads(link netlink.Link) bool {
 func (n *Network) makeLink(old netlink.Link) (netlink.Link, error) {
 	if old != nil {
 		if err := n.kernel.LinkDel(old); err != nil && !gone(err) {
-			return nil, fmt.Errorf("remove interface %s: %w", n.cfg.Bridge, err)
+			return nil, fmt.Errorf("remove interface %s: %w", n.cfg.Interface, err)
 		}
 	}
 	if uplink, err := n.fabric.kernel.LinkByName(uplinkName); err == nil {
@@ -60,22 +60,22 @@ func (n *Network) makeLink(old netlink.Link) (netlink.Link, error) {
 	}
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.HardwareAddr = uplinkName, hardwareAddr(n.gateway)
-	pair := &netlink.Veth{LinkAttrs: attrs, PeerName: n.cfg.Bridge, PeerHardwareAddr: hardwareAddr(host), PeerNamespace: netlink.NsFd(n.ns.Fd())}
+	pair := &netlink.Veth{LinkAttrs: attrs, PeerName: n.cfg.Interface, PeerHardwareAddr: hardwareAddr(host), PeerNamespace: netlink.NsFd(n.ns.Fd())}
 	if err := n.fabric.kernel.LinkAdd(pair); err != nil {
-		return nil, fmt.Errorf("make interface %s: %w", n.cfg.Bridge, err)
+		return nil, fmt.Errorf("make interface %s: %w", n.cfg.Interface, err)
 	}
-	return n.kernel.LinkByName(n.cfg.Bridge)
+	return n.kernel.LinkByName(n.cfg.Interface)
 }
 
 // raiseLink comes last: now the rules are there. The host finds containers
 // behind the fabric, and nobody else of the range of an earlier configuration.
 func (n *Network) raiseLink() error {
 	// Hosts may have no other address to ask containers from.
-	if err := n.wire.address(n.link, hostPrefix(host)); err != nil && !errors.Is(err, os.ErrExist) {
-		return fmt.Errorf("give interface %s its address: %w", n.cfg.Bridge, err)
+	if err := n.wire.address(n.link, host); err != nil && !errors.Is(err, os.ErrExist) {
+		return fmt.Errorf("give interface %s its address: %w", n.cfg.Interface, err)
 	}
 	if err := n.wire.raise(n.link); err != nil {
-		return fmt.Errorf("raise interface %s: %w", n.cfg.Bridge, err)
+		return fmt.Errorf("raise interface %s: %w", n.cfg.Interface, err)
 	}
 	if err := n.fabric.raise(); err != nil {
 		return err

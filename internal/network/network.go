@@ -1,11 +1,11 @@
 // Package network connects containers: a veth pair and an address for each
-// container's network namespace, a bridge for them in a namespace between, and
-// nftables tables of its own that let containers out and keep them from each
-// other and from the host's services.
+// container's network namespace, a namespace between them and the host that
+// routes, and nftables tables of its own that let containers out and keep them
+// from each other and from the host's services.
 //
-//	container         fabric                                   host
-//	eth0 10.89.0.7 ── port ─┐ isolated; takes only 10.89.0.7
-//	eth0 10.89.0.8 ── port ─┴ bridge 10.89.0.1 ─ uplink ────── fc0 ── forward, NAT ── world
+//	container         fabric                                host
+//	eth0 10.89.0.7 ── port ─┐ takes only 10.89.0.7
+//	eth0 10.89.0.8 ── port ─┴ 10.89.0.1 ─ uplink ────────── fc0 ── forward, NAT ── world
 //
 // Of what a container sends, the world is all that it reaches. It is reached
 // from the host alone: by this process from within the fabric (see Control), by
@@ -22,7 +22,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
 
 	"github.com/google/nftables"
@@ -32,12 +31,12 @@ import (
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
 )
 
-// Config of a node's network. Two daemons on one host need different bridges,
+// Config of a node's network. Two daemons on one host need different interfaces,
 // subnets and tables.
 type Config struct {
 	Logger *slog.Logger
-	// Bridge is the name of the host's interface to them. Default fc0.
-	Bridge string
+	// Interface is the name of the host's interface to them. Default fc0.
+	Interface string
 	// Subnet of the containers; its first address is the node's. Default
 	// 10.89.0.0/16.
 	Subnet netip.Prefix
@@ -69,7 +68,6 @@ type Network struct {
 	*space  // the host's
 	fabric  *fabric
 	uplinks *uplinks
-	guard   *guard
 	removal removal
 	pool    *pool
 }
@@ -95,8 +93,8 @@ func (c Config) complete() (Config, error) {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
-	if c.Bridge == "" {
-		c.Bridge = "fc0"
+	if c.Interface == "" {
+		c.Interface = "fc0"
 	}
 	if !c.Subnet.IsValid() {
 		c.Subnet = netip.MustParsePrefix("10.89.0.0/16")
@@ -151,7 +149,7 @@ func (n *Network) open() (err error) {
 	if n.uplinks, err = openUplinks(); err != nil {
 		return err
 	}
-	if err := n.fabric.furnish(netip.PrefixFrom(n.gateway, n.cfg.Subnet.Bits())); err != nil {
+	if err := n.fabric.furnish(n.gateway); err != nil {
 		return err
 	}
 	if err := n.openTables(); err != nil {
@@ -161,9 +159,6 @@ func (n *Network) open() (err error) {
 		return err
 	}
 	n.uplinks.work.Go(n.followUplinks)
-	if n.guard, err = n.openGuard(); err != nil {
-		return err
-	}
 	return n.raiseLink()
 }
 
@@ -197,14 +192,14 @@ func (n *Network) Remove() error {
 		return fmt.Errorf("remove network: %w", err)
 	}
 	if len(ports) > 0 {
-		return &fleet.Error{Op: "remove network", Subject: n.cfg.Bridge, Kind: fleet.ErrConflict, Err: fmt.Errorf("%d containers are connected", len(ports)), Hint: "stop all containers first"}
+		return &fleet.Error{Op: "remove network", Subject: n.cfg.Interface, Kind: fleet.ErrConflict, Err: fmt.Errorf("%d containers are connected", len(ports)), Hint: "stop all containers first"}
 	}
 	attrs := netlink.NewLinkAttrs()
-	attrs.Name, attrs.Index = n.cfg.Bridge, n.link
+	attrs.Name, attrs.Index = n.cfg.Interface, n.link
 	var errs []error
 	if n.link != 0 {
 		if err := n.kernel.LinkDel(&netlink.Veth{LinkAttrs: attrs}); err != nil && !gone(err) {
-			errs = append(errs, fmt.Errorf("remove interface %s: %w", n.cfg.Bridge, err))
+			errs = append(errs, fmt.Errorf("remove interface %s: %w", n.cfg.Interface, err))
 		}
 	}
 	for _, t := range n.tables() {
@@ -265,46 +260,33 @@ func (n *Network) Attach(ctx context.Context, id string, netns int) (Lease, erro
 		if made {
 			err = errors.Join(err, n.removeLinks([]Lease{lease}))
 		}
-		err = errors.Join(err, n.forget(lease.Address), n.guard.dismiss(lease))
 		n.pool.free(lease)
 		return Lease{}, fmt.Errorf("connect container %s: %w", id, err)
 	}
 	return lease, nil
 }
 
-// connect makes a connection. The guard learns of it meanwhile; eth0 is raised
-// last, so that the first that passes meets all that keeps it in.
+// connect makes a connection. eth0 is raised last, so that the first that passes
+// meets all that keeps it in.
 func (n *Network) connect(l Lease, netns int) (made bool, err error) {
-	p := port{name: l.Veth, bridge: n.fabric.bridge}
-	var admitted error
-	var guard sync.WaitGroup
-	guard.Go(func() { admitted = n.guard.admit(l) })
-	defer guard.Wait()
-	index := 0
+	port := 0
 	err = inNamespace(netns, func() error {
 		if err := cutIPv6(); err != nil {
 			return err
 		}
-		if err := n.fabric.wire.makePort(p, netns, l.Address); err != nil {
-			if errors.Is(err, unix.EXFULL) {
-				return &fleet.Error{Op: "connect container", Subject: l.ID, Kind: fleet.ErrOverloaded, Err: errors.New("the bridge has all the ports that the kernel gives it, 1,023"), Hint: "fewer instances and standbys on this node: capacity.standby, or another node"}
-			}
+		if port, err = n.fabric.wire.makePort(l.Veth, netns, l.Address); err != nil {
 			return fmt.Errorf("make interface: %w", err)
 		}
 		made = true
-		if index, err = n.fabric.wire.raisePort(p, l.Address); err != nil {
-			return err
-		}
-		guard.Wait()
-		if admitted != nil {
-			return admitted
+		if err := n.fabric.wire.reach(port, l.Address, n.gateway); err != nil {
+			return fmt.Errorf("set route: %w", err)
 		}
 		return n.furnish(l.Address)
 	})
 	if err != nil {
 		return made, err
 	}
-	return true, errors.Join(n.fabric.wire.settle(index), n.fabric.wire.settle(n.fabric.bridge))
+	return true, n.fabric.wire.settle(port)
 }
 
 // cutIPv6 takes IPv6 from all interfaces to come in the calling thread's
@@ -342,15 +324,11 @@ func (n *Network) furnish(addr netip.Addr) error {
 	if err := w.raise(loopback); err != nil {
 		return fmt.Errorf("raise lo: %w", err)
 	}
-	if err := w.address(eth, netip.PrefixFrom(addr, n.cfg.Subnet.Bits())); err != nil {
+	if err := w.address(eth, addr); err != nil {
 		return fmt.Errorf("give address: %w", err)
 	}
 	if err := w.raise(eth); err != nil {
 		return fmt.Errorf("raise eth0: %w", err)
-	}
-	// The first answer shall not wait for ARP.
-	if err := w.know(eth, n.gateway); err != nil {
-		return fmt.Errorf("tell of the gateway: %w", err)
 	}
 	if err := w.route(eth, netip.PrefixFrom(netip.IPv4Unspecified(), 0), n.gateway); err != nil {
 		return fmt.Errorf("set route: %w", err)
@@ -359,15 +337,9 @@ func (n *Network) furnish(addr netip.Addr) error {
 }
 
 // Adopt marks the address of a connection that an earlier process made.
-func (n *Network) Adopt(l Lease) error {
-	if err := n.pool.adopt(l); err != nil {
-		return err
-	}
-	return n.guard.admit(l)
-}
+func (n *Network) Adopt(l Lease) error { return n.pool.adopt(l) }
 
-// Clean removes every connection on the bridge that is not in keep, and what
-// else of them an earlier process left. It gives their names.
+// Clean removes every connection that is not in keep. It gives their names.
 func (n *Network) Clean(ctx context.Context, keep []string) ([]string, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -388,33 +360,10 @@ func (n *Network) Clean(ctx context.Context, keep []string) ([]string, error) {
 		}
 		orphans = append(orphans, l)
 	}
-	if err := errors.Join(n.remove(orphans), n.sweep()); err != nil {
+	if err := n.remove(orphans); err != nil {
 		return nil, err
 	}
 	return removed, nil
-}
-
-// sweep forgets neighbours and elements of the guard that have no connection
-// any more.
-func (n *Network) sweep() error {
-	neighbours, err := all(func() ([]netlink.Neigh, error) { return n.fabric.kernel.NeighList(n.fabric.bridge, netlink.FAMILY_V4) })
-	if err != nil {
-		return fmt.Errorf("list neighbours: %w", err)
-	}
-	n.pool.mu.Lock()
-	defer n.pool.mu.Unlock() // nobody comes meanwhile
-	var errs []error
-	for _, neigh := range neighbours {
-		a, ok := netip.AddrFromSlice(neigh.IP)
-		if _, used := n.pool.used[a.Unmap()]; ok && !used && n.cfg.Subnet.Contains(a.Unmap()) {
-			errs = append(errs, n.forget(a.Unmap()))
-		}
-	}
-	held := make([]Lease, 0, len(n.pool.used))
-	for _, l := range n.pool.used {
-		held = append(held, l)
-	}
-	return errors.Join(append(errs, n.guard.reset(held...))...)
 }
 
 // ResolvConf is what containers find as /etc/resolv.conf.

@@ -86,7 +86,7 @@ func newWorld(t testing.TB, c Config) *world {
 		_, all, _ := net.ParseCIDR("0.0.0.0/0")
 		return netlink.RouteAdd(&netlink.Route{Dst: all, Gw: net.ParseIP(outsideAddr)})
 	})
-	c.Bridge, c.Table = "fcb", "fct"
+	c.Interface, c.Table = "fcb", "fct"
 	if !c.Subnet.IsValid() {
 		c.Subnet = netip.MustParsePrefix("10.123.0.0/24")
 	}
@@ -116,7 +116,7 @@ func (w *world) reopen(adopt ...box) {
 	w.t.Helper()
 	w.do("end", w.net.Close)
 	var err error
-	if w.net, err = w.open(Config{Bridge: "fcb", Table: "fct", Subnet: w.net.cfg.Subnet}); err != nil {
+	if w.net, err = w.open(Config{Interface: "fcb", Table: "fct", Subnet: w.net.cfg.Subnet}); err != nil {
 		w.t.Fatal(err)
 	}
 	for _, b := range adopt {
@@ -267,7 +267,7 @@ func (w *world) dial(addr string) (said string, err error) {
 func TestContainers_ReachTheWorldAndNothingElse(t *testing.T) {
 	w := newWorld(t, Config{Deny: []netip.Prefix{netip.MustParsePrefix("203.0.113.0/24"), netip.MustParsePrefix("fd00::/8")}})
 	a, b := w.attach(), w.attach()
-	second, err := w.open(Config{Bridge: "fcc", Table: "fcu", Subnet: netip.MustParsePrefix("10.123.1.0/24")})
+	second, err := w.open(Config{Interface: "fcc", Table: "fcu", Subnet: netip.MustParsePrefix("10.123.1.0/24")})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -297,7 +297,7 @@ func TestContainers_ReachTheWorldAndNothingElse(t *testing.T) {
 	}
 	for what, addr := range map[string]string{
 		"a neighbour": b.lease.Address.String(), "a container of another daemon": far.lease.Address.String(),
-		"the host by the bridge": w.net.gateway.String(), "the host by another bridge": second.gateway.String(),
+		"the node": w.net.gateway.String(), "another node": second.gateway.String(),
 		"the host by its uplink": hostAddr, "the host by its loopback": otherAddr, "all": "10.123.0.255",
 		"the metadata address": cloudAddr, "what is denied": deniedAddr,
 	} {
@@ -354,8 +354,8 @@ func TestHost_ReachesContainersBesideAnotherFirewall(t *testing.T) {
 	}
 }
 
-// A tenant that is root in its namespace takes its neighbour's addresses for
-// its own: nothing that it sends passes, and its neighbour is still reached.
+// A tenant that is root in its namespace takes its neighbour's addresses, or the
+// node's, for its own: nothing that it sends passes, and its neighbour is still reached.
 func TestContainers_CannotPretendToBeAnother(t *testing.T) {
 	w := newWorld(t, Config{})
 	thief, victim := w.attach(), w.attach()
@@ -365,22 +365,11 @@ func TestContainers_CannotPretendToBeAnother(t *testing.T) {
 	if _, err := w.ask(thief.ns, outsideAddr+":7000", thief.lease.Address.String()); err != nil {
 		t.Errorf("its own address: %v", err)
 	}
-	w.in(thief.ns, func() error { return addAddr("eth0", stolen+"/32") })
-	if from, err := w.ask(thief.ns, outsideAddr+":7000", stolen); err == nil {
-		t.Errorf("the world hears %s from the thief", from)
-	}
-	// Now also the hardware address, told to everybody by ARP.
-	w.in(thief.ns, func() error {
-		l, err := netlink.LinkByName("eth0")
-		if err != nil {
-			return err
+	for _, from := range []string{stolen, w.net.gateway.String(), hostAddr, host.String(), outsideAddr} {
+		w.in(thief.ns, func() error { return addAddr("lo", from+"/32") })
+		if heard, err := w.ask(thief.ns, outsideAddr+":7000", from); err == nil {
+			t.Errorf("the world hears %s from the thief, who said %s", heard, from)
 		}
-		_ = os.WriteFile("/proc/sys/net/ipv4/conf/eth0/arp_notify", []byte("1"), 0)
-		return errors.Join(netlink.LinkSetDown(l), netlink.LinkSetHardwareAddr(l, hardwareAddr(victim.lease.Address)), netlink.LinkSetUp(l),
-			netlink.RouteReplace(&netlink.Route{LinkIndex: l.Attrs().Index, Gw: w.net.gateway.AsSlice()}))
-	})
-	if from, err := w.ask(thief.ns, outsideAddr+":7000", stolen); err == nil {
-		t.Errorf("the world hears %s from the thief", from)
 	}
 	if from, err := w.ask(w.host, stolen+":7000", ""); err != nil || from == "" {
 		t.Errorf("the victim is not reached any more: %v", err)
@@ -413,38 +402,19 @@ func TestAttach_Exhausted(t *testing.T) {
 	}
 }
 
-func TestAttach_TheBridgeIsFull(t *testing.T) {
-	w := newWorld(t, Config{Subnet: netip.MustParsePrefix("10.123.0.0/20")})
-	f := w.net.fabric
-	for i := range 1023 {
-		attrs := netlink.NewLinkAttrs()
-		attrs.Name, attrs.MasterIndex, attrs.NumTxQueues, attrs.NumRxQueues = fmt.Sprintf("p%d", i), f.bridge, 1, 1
-		if err := f.kernel.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: fmt.Sprintf("q%d", i)}); err != nil {
-			t.Fatalf("port %d: %v", i, err)
-		}
-	}
-	before := w.state()
-	if _, err := w.net.Attach(t.Context(), "more", newNamespace(t)); !errors.Is(err, fleet.ErrOverloaded) || fleet.Hint(err) == "" {
-		t.Errorf("got %v", err)
-	}
-	if after := w.state(); after != before {
-		t.Errorf("before:\n%s\nafter:\n%s", before, after)
-	}
-}
-
 func TestOpen_RefusesARangeInUse(t *testing.T) {
 	w := newWorld(t, Config{})
-	_, err := w.open(Config{Bridge: "fcc", Table: "fcu", Subnet: netip.MustParsePrefix("192.0.2.0/25")})
+	_, err := w.open(Config{Interface: "fcc", Table: "fcu", Subnet: netip.MustParsePrefix("192.0.2.0/25")})
 	if !errors.Is(err, fleet.ErrConflict) || fleet.Hint(err) == "" {
 		t.Errorf("got %v", err)
 	}
 	if _, err := w.open(Config{Subnet: netip.MustParsePrefix("fd00::/64")}); !errors.Is(err, fleet.ErrInvalid) {
 		t.Errorf("got %v", err)
 	}
-	if _, err := w.open(Config{Bridge: "up0", Table: "fcu", Subnet: netip.MustParsePrefix("10.123.9.0/24")}); !errors.Is(err, fleet.ErrConflict) {
-		t.Errorf("an uplink as bridge: %v", err)
+	if _, err := w.open(Config{Interface: "up0", Table: "fcu", Subnet: netip.MustParsePrefix("10.123.9.0/24")}); !errors.Is(err, fleet.ErrConflict) {
+		t.Errorf("an interface of the host: %v", err)
 	}
-	if _, err := w.open(Config{Bridge: "fcc", Table: "fcu", Subnet: netip.MustParsePrefix("198.51.100.0/24")}); !errors.Is(err, fleet.ErrConflict) {
+	if _, err := w.open(Config{Interface: "fcc", Table: "fcu", Subnet: netip.MustParsePrefix("198.51.100.0/24")}); !errors.Is(err, fleet.ErrConflict) {
 		t.Errorf("a range that holds an address of the host: %v", err)
 	}
 	for range 2 { // it may be repeated
@@ -469,7 +439,7 @@ func TestOpen_RefusesARangeInUse(t *testing.T) {
 func TestOpen_WithAnotherRange(t *testing.T) {
 	w := newWorld(t, Config{})
 	a := w.attach()
-	other := Config{Bridge: "fcb", Table: "fct", Subnet: netip.MustParsePrefix("10.123.8.0/24")}
+	other := Config{Interface: "fcb", Table: "fct", Subnet: netip.MustParsePrefix("10.123.8.0/24")}
 	if _, err := w.open(other); !errors.Is(err, fleet.ErrConflict) || fleet.Hint(err) == "" {
 		t.Errorf("with a container: %v", err)
 	}
@@ -484,9 +454,27 @@ func TestOpen_WithAnotherRange(t *testing.T) {
 	if err := n.Adopt(a.lease); !errors.Is(err, fleet.ErrConflict) {
 		t.Errorf("adopt an address of the former range: %v", err)
 	}
-	addrs, err := n.fabric.kernel.AddrList(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Index: n.fabric.bridge}}, netlink.FAMILY_V4)
-	if err != nil || len(addrs) != 1 || addrs[0].IP.String() != "10.123.8.1" {
-		t.Errorf("addresses %v, %v", addrs, err)
+	b := box{ns: newNamespace(t)}
+	if b.lease, err = n.Attach(t.Context(), "other", b.ns); err != nil {
+		t.Fatal(err)
+	}
+	w.serve(b.ns, "0.0.0.0:7000")
+	err = inNamespace(w.host, func() error {
+		c, err := (&net.Dialer{Control: n.Control}).DialContext(t.Context(), "tcp", b.lease.Address.String()+":7000")
+		if err != nil {
+			return err
+		}
+		said, err := io.ReadAll(c)
+		if string(said) != "10.123.8.1" {
+			t.Errorf("it is asked by %s", said)
+		}
+		return errors.Join(err, c.Close())
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	if err := n.Detach(t.Context(), b.lease); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -555,14 +543,12 @@ func (w *world) state() string {
 			fmt.Fprintln(&b, l.Attrs().Name)
 		}
 	}
-	neigh, err := w.net.fabric.kernel.NeighList(w.net.fabric.bridge, netlink.FAMILY_V4)
+	routes, err := w.net.fabric.kernel.RouteList(nil, netlink.FAMILY_V4)
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	for _, n := range neigh {
-		if n.State == netlink.NUD_PERMANENT {
-			fmt.Fprintln(&b, "neighbour", n.IP)
-		}
+	for _, r := range routes {
+		fmt.Fprintln(&b, "route", r.Dst, r.LinkIndex)
 	}
 	b.WriteString(w.nft("list", "ruleset"))
 	b.WriteString(w.nftIn(int(w.net.fabric.ns.Fd()), "list", "ruleset"))

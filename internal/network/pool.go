@@ -85,21 +85,6 @@ func (p *pool) free(leases ...Lease) {
 	}
 }
 
-// held are those of the leases that hold their address, each once.
-func (p *pool) held(leases []Lease) []Lease {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	var held []Lease
-	seen := map[string]bool{}
-	for _, l := range leases {
-		if owner, ok := p.used[l.Address]; ok && owner.ID == l.ID && !seen[l.ID] {
-			held = append(held, owner)
-			seen[l.ID] = true
-		}
-	}
-	return held
-}
-
 // all are the connections that hold an address, by their interfaces' names.
 func (p *pool) all() map[string]Lease {
 	p.mu.Lock()

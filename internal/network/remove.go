@@ -4,20 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"sync"
 	"time"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
-
-	"github.com/fastcontainer/fastcontainer/internal/slow"
 )
 
 // removal takes connections off the host together. The kernel lets go of an
-// interface, and of an element of a set, only after every processor has been
-// seen to look at neither: that takes tens of milliseconds, for one as for a
-// hundred.
+// interface only after every processor has been seen not to look at it: that
+// takes tens of milliseconds, for one as for a hundred.
 type removal struct {
 	mu      sync.Mutex
 	waiting *batch // which the next removal takes
@@ -68,25 +63,9 @@ func (n *Network) remove(leases []Lease) error {
 	if len(leases) == 0 {
 		return nil
 	}
-	var errs []error
-	for _, l := range leases {
-		if l.Address.IsValid() {
-			errs = append(errs, n.forget(l.Address))
-		}
-	}
-	errs = append(errs, n.removeLinks(leases), n.guard.dismiss(n.pool.held(leases)...))
+	err := n.removeLinks(leases)
 	n.pool.free(leases...)
-	return errors.Join(errs...)
-}
-
-// forget removes what the fabric knows of an address.
-func (n *Network) forget(a netip.Addr) error {
-	slow.Ahead()
-	err := n.fabric.kernel.NeighDel(&netlink.Neigh{Family: netlink.FAMILY_V4, LinkIndex: n.fabric.bridge, IP: a.AsSlice()})
-	if err != nil && !errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("remove neighbour %s: %w", a, err)
-	}
-	return nil
+	return err
 }
 
 // removeLinks puts the interfaces into a group, and removes that.

@@ -125,9 +125,9 @@ func (n *Network) addFilter(c *nftables.Conn, t *nftables.Table) {
 		return c.AddChain(&nftables.Chain{Name: name, Table: t, Type: kind, Hooknum: hook, Priority: priority})
 	}
 	accept, drop := verdict(expr.VerdictAccept), verdict(expr.VerdictDrop)
-	from := iface(expr.MetaKeyIIFNAME, n.cfg.Bridge, expr.CmpOpEq)
-	to := iface(expr.MetaKeyOIFNAME, n.cfg.Bridge, expr.CmpOpEq)
-	notTo := iface(expr.MetaKeyOIFNAME, n.cfg.Bridge, expr.CmpOpNeq)
+	from := iface(expr.MetaKeyIIFNAME, n.cfg.Interface, expr.CmpOpEq)
+	to := iface(expr.MetaKeyOIFNAME, n.cfg.Interface, expr.CmpOpEq)
+	notTo := iface(expr.MetaKeyOIFNAME, n.cfg.Interface, expr.CmpOpNeq)
 	subnet := n.cfg.Subnet
 
 	// Containers reach nothing of the host, at whichever address; they answer it.
@@ -162,7 +162,7 @@ func (n *Network) addCut(c *nftables.Conn, t *nftables.Table) {
 	drop := verdict(expr.VerdictDrop)
 	ipv6 := []expr.Any{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.NFPROTO_IPV6}}}
 	from := c.AddChain(&nftables.Chain{Name: "from", Table: t, Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityRaw})
-	rule(c, from, ipv6, iface(expr.MetaKeyIIFNAME, n.cfg.Bridge, expr.CmpOpEq), drop)
+	rule(c, from, ipv6, iface(expr.MetaKeyIIFNAME, n.cfg.Interface, expr.CmpOpEq), drop)
 	to := c.AddChain(&nftables.Chain{Name: "to", Table: t, Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityRaw})
-	rule(c, to, ipv6, iface(expr.MetaKeyOIFNAME, n.cfg.Bridge, expr.CmpOpEq), drop)
+	rule(c, to, ipv6, iface(expr.MetaKeyOIFNAME, n.cfg.Interface, expr.CmpOpEq), drop)
 }

@@ -78,66 +78,39 @@ func (w *wire) index(name string) (int, error) {
 	return int(req.Uint32()), nil
 }
 
-// port is what the fabric has of a container's connection.
-type port struct {
-	name   string
-	bridge int
-}
-
-// makePort makes a port, and its other end, eth0, in another namespace.
-func (w *wire) makePort(p port, netns int, addr netip.Addr) error {
+// makePort makes a port, raised, and its other end, eth0, in another namespace.
+// It gives the port's number.
+func (w *wire) makePort(name string, netns int, addr netip.Addr) (index int, err error) {
+	hardware := nl.NewRtAttr(unix.IFLA_ADDRESS, hardwareAddr(addr))
+	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	msg.Flags, msg.Change = unix.IFF_UP|unix.IFF_NOARP, unix.IFF_UP|unix.IFF_NOARP
 	info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
 	info.AddRtAttr(nl.IFLA_INFO_KIND, nl.NonZeroTerminated("veth"))
 	peer := info.AddRtAttr(nl.IFLA_INFO_DATA, nil).AddRtAttr(nl.VETH_INFO_PEER, nil)
-	nl.NewIfInfomsgChild(peer, unix.AF_UNSPEC)
+	end := nl.NewIfInfomsgChild(peer, unix.AF_UNSPEC)
+	end.Flags, end.Change = unix.IFF_NOARP, unix.IFF_NOARP
 	peer.AddRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated("eth0"))
-	peer.AddRtAttr(unix.IFLA_ADDRESS, hardwareAddr(addr))
+	peer.AddChild(hardware)
 	peer.AddRtAttr(unix.IFLA_NET_NS_FD, number(netns))
 	// One queue: the kernel makes as many as the machine has processors
 	// otherwise, each with objects of its own.
 	for _, kind := range []int{unix.IFLA_NUM_TX_QUEUES, unix.IFLA_NUM_RX_QUEUES} {
 		peer.AddRtAttr(kind, number(1))
 	}
-	return w.ask(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL,
-		nl.NewIfInfomsg(unix.AF_UNSPEC), nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(p.name)),
-		nl.NewRtAttr(unix.IFLA_MASTER, number(p.bridge)),
+	err = w.ask(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL, msg, nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)), hardware,
 		nl.NewRtAttr(unix.IFLA_NUM_TX_QUEUES, number(1)), nl.NewRtAttr(unix.IFLA_NUM_RX_QUEUES, number(1)), info)
+	if err != nil {
+		return 0, err
+	}
+	return w.index(name)
 }
 
-// raisePort raises a port that reaches the fabric alone, and makes the fabric
-// know for good who is behind it: nothing that a container sends changes where
-// another one's packets go. locked ports, which older kernels do not know, take
-// nothing from other hardware addresses.
-// It gives the port's number.
-func (w *wire) raisePort(p port, addr netip.Addr) (int, error) {
-	info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
-	info.AddRtAttr(nl.IFLA_INFO_SLAVE_KIND, nl.NonZeroTerminated("bridge"))
-	data := info.AddRtAttr(unix.IFLA_INFO_SLAVE_DATA, nil)
-	for _, f := range []struct {
-		kind int
-		on   uint8
-	}{{nl.IFLA_BRPORT_ISOLATED, 1}, {nl.IFLA_BRPORT_LOCKED, 1}, {nl.IFLA_BRPORT_LEARNING, 0}, {nl.IFLA_BRPORT_UNICAST_FLOOD, 0}, {nl.IFLA_BRPORT_MCAST_FLOOD, 0}} {
-		data.AddRtAttr(f.kind, []byte{f.on})
-	}
-	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
-	msg.Flags, msg.Change = unix.IFF_UP, unix.IFF_UP
-	if err := w.ask(unix.RTM_NEWLINK, 0, msg, nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(p.name)), info); err != nil {
-		return 0, fmt.Errorf("raise it: %w", err)
-	}
-	index, err := w.index(p.name)
-	if err != nil {
-		return 0, fmt.Errorf("find it: %w", err)
-	}
-	err = w.ask(unix.RTM_NEWNEIGH, unix.NLM_F_CREATE|unix.NLM_F_REPLACE,
-		&netlink.Ndmsg{Family: unix.AF_BRIDGE, Index: uint32(index), State: netlink.NUD_NOARP, Flags: netlink.NTF_MASTER}, //nolint:gosec // not negative
-		nl.NewRtAttr(netlink.NDA_LLADDR, hardwareAddr(addr)))
-	if err != nil {
-		return 0, fmt.Errorf("tell the bridge of it: %w", err)
-	}
-	if err := w.know(p.bridge, addr); err != nil {
-		return 0, fmt.Errorf("tell the fabric of it: %w", err)
-	}
-	return index, nil
+// reach makes an address that of the one behind a port.
+func (w *wire) reach(port int, addr, source netip.Addr) error {
+	msg := nl.NewRtMsg()
+	msg.Family, msg.Dst_len, msg.Scope = unix.AF_INET, uint8(addr.BitLen()), unix.RT_SCOPE_LINK //nolint:gosec // 32
+	return w.ask(unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_REPLACE, msg, nl.NewRtAttr(unix.RTA_DST, addr.AsSlice()),
+		nl.NewRtAttr(unix.RTA_OIF, number(port)), nl.NewRtAttr(unix.RTA_PREFSRC, source.AsSlice()))
 }
 
 // know tells the hardware address of a neighbour for good, so that nobody asks
@@ -178,12 +151,12 @@ func (w *wire) removeGroup(group int) error {
 	return w.ask(unix.RTM_DELLINK, 0, nl.NewIfInfomsg(unix.AF_UNSPEC), nl.NewRtAttr(unix.IFLA_GROUP, number(group)))
 }
 
-// address gives an interface its address.
-func (w *wire) address(index int, p netip.Prefix) error {
+// address gives an interface an address, and nobody else's with it.
+func (w *wire) address(index int, a netip.Addr) error {
 	msg := nl.NewIfAddrmsg(unix.AF_INET)
-	msg.Prefixlen, msg.Index = uint8(p.Bits()), uint32(index) //nolint:gosec // not negative
+	msg.Prefixlen, msg.Index = uint8(a.BitLen()), uint32(index) //nolint:gosec // not negative
 	return w.ask(unix.RTM_NEWADDR, unix.NLM_F_CREATE|unix.NLM_F_EXCL, msg,
-		nl.NewRtAttr(unix.IFA_LOCAL, p.Addr().AsSlice()), nl.NewRtAttr(unix.IFA_ADDRESS, p.Addr().AsSlice()))
+		nl.NewRtAttr(unix.IFA_LOCAL, a.AsSlice()), nl.NewRtAttr(unix.IFA_ADDRESS, a.AsSlice()))
 }
 
 // route sends what is for a range to a neighbour that the interface reaches,

@@ -68,8 +68,8 @@ type bench struct {
 }
 
 const (
-	testBridge = "fctest-node"
-	testGroup  = "/fastcontainer-test-node"
+	testNetwork = "fctest-node"
+	testGroup   = "/fastcontainer-test-node"
 )
 
 func newBench(t *testing.T) *bench {
@@ -118,7 +118,7 @@ func (b *bench) open() {
 	b.t.Helper()
 	var err error
 	log := slog.New(slog.NewTextHandler(b.t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn}))
-	b.net, err = network.Open(b.t.Context(), network.Config{Bridge: testBridge, Table: testBridge, Subnet: netip.MustParsePrefix("10.231.0.0/20")})
+	b.net, err = network.Open(b.t.Context(), network.Config{Interface: testNetwork, Table: testNetwork, Subnet: netip.MustParsePrefix("10.231.0.0/20")})
 	if err != nil {
 		b.t.Fatal(err)
 	}
@@ -469,7 +469,7 @@ func TestLives_LeaveNothing(t *testing.T) {
 		c["mounts"] = bytes.Count(mounts, []byte("\n"))
 		return c
 	}
-	space, err := netns.GetFromPath("/run/netns/" + testBridge) // where the ports are
+	space, err := netns.GetFromPath("/run/netns/" + testNetwork) // where the ports are
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -484,7 +484,7 @@ func TestLives_LeaveNothing(t *testing.T) {
 			ls, _ := fabric.LinkList()
 			links = 0
 			for _, l := range ls {
-				if l.Attrs().MasterIndex != 0 {
+				if n := l.Attrs().Name; n != "lo" && n != "uplink" {
 					links++
 				}
 			}

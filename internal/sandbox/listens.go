@@ -12,7 +12,7 @@ import (
 // askForSockets has a machine open a way to ask which sockets there are in its
 // network namespace (sock_diag(7)), and takes it. The daemon asks by it whether the app
 // listens: that takes some microseconds, where a connection that is refused goes all
-// the way over the bridge and back.
+// the way through the network and back.
 func (p *prepared) askForSockets(ctx context.Context) error {
 	t := &tape{}
 	t.call("open socket diagnosis", unix.SYS_SOCKET, num(unix.AF_NETLINK), num(unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK), num(unix.NETLINK_SOCK_DIAG))
