@@ -84,7 +84,8 @@ func (a *App) look() {
 	seen := make([]reading, 0, len(a.ready))
 	for _, m := range a.ready {
 		if !m.retiring {
-			seen = append(seen, reading{m: m, whole: weigh})
+			// One that has just begun has not grown yet.
+			seen = append(seen, reading{m: m, whole: weigh && began.Sub(m.mostSince) >= memoryPace})
 		}
 	}
 	a.mu.Unlock()
@@ -236,10 +237,10 @@ func (a *App) failedResize(m *member, err error) {
 // lock.
 func (a *App) weigh(now time.Time, m *member, s sandbox.Stats) {
 	used := int64(s.Memory)
+	if s.OOMKills > m.kills && (m.weighed || m.birth != nil) { // or else it was long ago
+		a.killed(now, m, s.OOMKills-m.kills)
+	}
 	if m.weighed {
-		if s.OOMKills > m.kills {
-			a.killed(now, m, s.OOMKills-m.kills)
-		}
 		switch {
 		case used > m.memory+m.memory/64:
 			m.growth++

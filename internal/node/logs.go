@@ -74,8 +74,32 @@ func (n *Node) pruneLogs(app fleet.AppName) {
 	})
 	n.mu.Unlock()
 	for _, p := range files[:max(0, len(files)-keptLogs)] {
-		_ = os.Remove(p)
+		if err := spare(p); err != nil {
+			_ = os.Remove(p)
+		}
 	}
+}
+
+// spareLog is an empty file in an app's directory of logs.
+const spareLog = "spare"
+
+// spare empties a log that nobody writes to any more, for the next instance. To
+// make and remove a file for each costs more: ext4 does not give a number away
+// again for some seconds, and looks for another one among all of those.
+func spare(log string) error {
+	return errors.Join(os.Truncate(log, 0), os.Rename(log, filepath.Join(filepath.Dir(log), spareLog)))
+}
+
+// placeLog makes the place for a log, out of the spare one if there is one.
+func placeLog(log string) error {
+	err := os.Rename(filepath.Join(filepath.Dir(log), spareLog), log)
+	if errors.Is(err, os.ErrNotExist) {
+		err = os.MkdirAll(filepath.Dir(log), 0o700)
+	}
+	if err != nil {
+		return fmt.Errorf("make place for a log: %w", err)
+	}
+	return nil
 }
 
 // Forget removes the logs, the saved processes, and if volumes is true the named volumes, of an app

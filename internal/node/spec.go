@@ -32,8 +32,8 @@ func (n *Node) sandboxSpec(id fleet.InstanceID, rev fleet.Revision, img image.Im
 		Limits: atRest(s.Resources),
 		Log:    n.logPath(id),
 	}
-	if err := os.MkdirAll(filepath.Dir(out.Log), 0o700); err != nil {
-		return out, fmt.Errorf("make directory for logs: %w", err)
+	if err := placeLog(out.Log); err != nil {
+		return out, err
 	}
 	if out.Disk == 0 {
 		out.Disk = max(s.Resources.Memory.Peak, s.Resources.Memory.Rest) / 2

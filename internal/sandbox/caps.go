@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/moby/sys/capability"
 	"golang.org/x/sys/unix"
@@ -87,10 +88,8 @@ func capName(name string) (string, error) {
 }
 
 func capNumber(name string) (int, error) {
-	for _, k := range capability.ListKnown() {
-		if "CAP_"+strings.ToUpper(k.String()) == name {
-			return int(k), nil
-		}
+	if n, ok := capNumbers()[name]; ok {
+		return n, nil
 	}
 	return 0, &fleet.Error{
 		Op: "set capabilities", Subject: name, Kind: fleet.ErrInvalid,
@@ -98,6 +97,14 @@ func capNumber(name string) (int, error) {
 		Hint: "names are as in capabilities(7): NET_BIND_SERVICE, SYS_PTRACE, ...",
 	}
 }
+
+var capNumbers = sync.OnceValue(func() map[string]int {
+	numbers := map[string]int{}
+	for _, k := range capability.ListKnown() {
+		numbers["CAP_"+strings.ToUpper(k.String())] = int(k)
+	}
+	return numbers
+})
 
 // lastCap is the highest capability of this kernel.
 func lastCap() int {

@@ -330,7 +330,7 @@ func validate(spec *Spec) error {
 func (n *Native) remove(ctx context.Context, name string, g *cgroup.Group, link Link, uids uidRange, born bool, ended <-chan struct{}) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), destroyTimeout)
 	defer cancel()
-	errs := []error{g.Kill(), g.Remove(ctx)}
+	errs := []error{g.Remove(ctx)}
 	if born {
 		select {
 		case <-ended:
@@ -458,7 +458,7 @@ func (n *Native) Clean(ctx context.Context, _ []fleet.InstanceID) ([]string, err
 		}
 		g := n.cgroups.Group(name)
 		n.reapAll(g)
-		if err := errors.Join(g.Kill(), g.Remove(ctx)); err != nil {
+		if err := g.Remove(ctx); err != nil {
 			errs = append(errs, err)
 			continue
 		}

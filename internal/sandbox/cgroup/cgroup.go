@@ -346,44 +346,22 @@ func (g *Group) setPIDs(n int64) error {
 // Stats reads the numbers of the group. What cannot be read is named in the
 // error; the rest is good.
 func (g *Group) Stats() (Stats, error) {
-	var s Stats
-	var errs []error
+	s, err := g.CPU()
+	errs := []error{err}
 	number := func(controller, name string) int64 {
-		b, err := os.ReadFile(g.file(controller, name))
-		if err != nil {
-			errs = append(errs, err)
-			return 0
-		}
-		n, err := strconv.ParseInt(string(bytes.TrimSpace(b)), 10, 64)
-		if err != nil {
-			errs = append(errs, fmt.Errorf("read %s: %w", name, err))
-		}
+		n, err := readNumber(g.file(controller, name))
+		errs = append(errs, err)
 		return n
 	}
-	table := func(controller, name string) map[string]uint64 {
-		m, err := readTable(g.file(controller, name))
-		if err != nil {
-			errs = append(errs, err)
-		}
-		return m
-	}
-	cpu := table("cpu", "cpu.stat")
-	s.Periods, s.ThrottledPeriods = cpu["nr_periods"], cpu["nr_throttled"]
 	if g.root.v2 {
-		s.CPUTime = time.Duration(cpu["usage_usec"]) * time.Microsecond       //nolint:gosec // far below 2^63
-		s.Throttled = time.Duration(cpu["throttled_usec"]) * time.Microsecond //nolint:gosec // far below 2^63
 		s.Memory = number("memory", "memory.current")
-		if b, err := os.ReadFile(g.file("memory", "memory.peak")); err == nil { // since Linux 5.19
-			s.MemoryPeak, _ = strconv.ParseInt(string(bytes.TrimSpace(b)), 10, 64)
-		}
-		s.OOMKills = table("memory", "memory.events")["oom_kill"]
+		s.MemoryPeak, _ = readNumber(g.file("memory", "memory.peak")) // since Linux 5.19
 	} else {
-		s.Throttled = time.Duration(cpu["throttled_time"]) //nolint:gosec // far below 2^63
-		s.CPUTime = time.Duration(number("cpuacct", "cpuacct.usage"))
 		s.Memory = number("memory", "memory.usage_in_bytes")
 		s.MemoryPeak = number("memory", "memory.max_usage_in_bytes")
-		s.OOMKills = table("memory", "memory.oom_control")["oom_kill"]
 	}
+	s.OOMKills, err = g.oomKills()
+	errs = append(errs, err)
 	s.PIDs = number("pids", "pids.current")
 	return s, errors.Join(errs...)
 }
@@ -405,18 +383,13 @@ func (g *Group) CPU() (Stats, error) {
 		return s, nil
 	}
 	s.Throttled = time.Duration(field("throttled_time")) //nolint:gosec // far below 2^63
-	if b, err = readInto(g.file("cpuacct", "cpuacct.usage"), buf[:]); err != nil {
-		return s, err
-	}
-	n, err := strconv.ParseInt(string(bytes.TrimSpace(b)), 10, 64)
-	if err != nil {
-		return s, fmt.Errorf("read cpuacct.usage: %w", err)
-	}
+	n, err := readNumber(g.file("cpuacct", "cpuacct.usage"))
 	s.CPUTime = time.Duration(n)
-	return s, nil
+	return s, err
 }
 
-// readInto reads a small file of the kernel without the runtime's poller.
+// readInto reads a small file of the kernel without the runtime's poller. What
+// is longer than the buffer is cut off.
 func readInto(name string, buf []byte) ([]byte, error) {
 	fd, err := unix.Open(name, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -424,10 +397,27 @@ func readInto(name string, buf []byte) ([]byte, error) {
 	}
 	defer func() { _ = unix.Close(fd) }()
 	n, err := unix.Read(fd, buf)
+	for errors.Is(err, unix.EINTR) {
+		n, err = unix.Read(fd, buf)
+	}
 	if err != nil {
 		return nil, &fs.PathError{Op: "read", Path: name, Err: err}
 	}
 	return buf[:n], nil
+}
+
+// readNumber reads a file that holds one.
+func readNumber(name string) (int64, error) {
+	var buf [32]byte
+	b, err := readInto(name, buf[:])
+	if err != nil {
+		return 0, err
+	}
+	n, err := strconv.ParseInt(string(bytes.TrimSpace(b)), 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("read %s: %w", name, err)
+	}
+	return n, nil
 }
 
 // tableField finds a number in lines of "name number"; 0: it is not there.
@@ -454,30 +444,33 @@ func (r *Root) Memory() (int64, error) {
 	if r.v2 {
 		dir, usage, inactive = r.dirs[0], "memory.current", "inactive_file"
 	}
-	var buf [4096]byte
-	b, err := readInto(filepath.Join(dir, usage), buf[:])
+	used, err := readNumber(filepath.Join(dir, usage))
 	if err != nil {
 		return 0, err
 	}
-	used, err := strconv.ParseInt(string(bytes.TrimSpace(b)), 10, 64)
+	var buf [4096]byte
+	b, err := readInto(filepath.Join(dir, "memory.stat"), buf[:])
 	if err != nil {
-		return 0, fmt.Errorf("read %s: %w", usage, err)
-	}
-	if b, err = readInto(filepath.Join(dir, "memory.stat"), buf[:]); err != nil {
 		return 0, err
 	}
 	return max(used-int64(tableField(b, inactive)), 0), nil //nolint:gosec // far below 2^63
 }
 
 // OOMKills counts the processes of the group that the kernel killed for lack
-// of memory.
+// of memory, as far as that can be read.
 func (g *Group) OOMKills() uint64 {
+	n, _ := g.oomKills()
+	return n
+}
+
+func (g *Group) oomKills() (uint64, error) {
 	name := "memory.oom_control"
 	if g.root.v2 {
 		name = "memory.events"
 	}
-	m, _ := readTable(g.file("memory", name))
-	return m["oom_kill"]
+	var buf [512]byte
+	b, err := readInto(g.file("memory", name), buf[:])
+	return tableField(b, "oom_kill"), err
 }
 
 // Freeze stops every process of the group, or lets them go on.
@@ -494,8 +487,9 @@ func (g *Group) Freeze(ctx context.Context, on bool) error {
 			return nil
 		}
 		return poll(ctx, func() (bool, error) {
-			m, err := readTable(g.file("freezer", "cgroup.events"))
-			return m["frozen"] == want, err
+			var buf [128]byte
+			b, err := readInto(g.file("freezer", "cgroup.events"), buf[:])
+			return tableField(b, "frozen") == want, err
 		})
 	}
 	want := "THAWED"
@@ -508,7 +502,8 @@ func (g *Group) Freeze(ctx context.Context, on bool) error {
 		if err := write(g.file("freezer", "freezer.state"), want); err != nil {
 			return false, err
 		}
-		b, err := os.ReadFile(g.file("freezer", "freezer.state"))
+		var buf [32]byte
+		b, err := readInto(g.file("freezer", "freezer.state"), buf[:])
 		return string(bytes.TrimSpace(b)) == want, err
 	})
 }
@@ -634,24 +629,6 @@ func poll(ctx context.Context, done func() (bool, error)) error {
 		}
 		wait = min(wait*2, 20*time.Millisecond)
 	}
-}
-
-func readTable(path string) (map[string]uint64, error) {
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return nil, err
-	}
-	m := make(map[string]uint64, 8)
-	for line := range strings.Lines(string(b)) {
-		key, value, ok := strings.Cut(strings.TrimSpace(line), " ")
-		if !ok {
-			continue
-		}
-		if n, err := strconv.ParseUint(value, 10, 64); err == nil {
-			m[key] = n
-		}
-	}
-	return m, nil
 }
 
 // write puts a value into a control file with one write(2): the kernel takes
