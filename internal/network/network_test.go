@@ -286,6 +286,18 @@ func TestContainers_ReachTheWorldAndNothingElse(t *testing.T) {
 	if from, err := w.dial(a.lease.Address.String() + ":7000"); err != nil || from != w.net.gateway.String() {
 		t.Errorf("daemon to container: %q, %v", from, err)
 	}
+	hear := w.listen(a.ns, "udp4", "0.0.0.0:7001")
+	w.in(w.host, func() error {
+		c, err := (&net.Dialer{Control: w.net.Control}).DialContext(t.Context(), "udp", a.lease.Address.String()+":7001")
+		if err != nil {
+			return err
+		}
+		_, err = io.WriteString(c, "from "+c.LocalAddr().(*net.UDPAddr).IP.String())
+		return errors.Join(err, c.Close())
+	})
+	if heard := hear(); heard != "from "+w.net.gateway.String() {
+		t.Errorf("by UDP the container hears %q", heard)
+	}
 	// The container reaches the world, which sees the host's address.
 	if from, err := w.ask(a.ns, outsideAddr+":7000", ""); err != nil || from != hostAddr {
 		t.Errorf("container to the world: %q, %v", from, err)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/netip"
 	"os"
@@ -295,6 +296,8 @@ type pause struct {
 	until  time.Time
 }
 
+const longestPause = time.Hour
+
 func (n *Node) paused(key string) bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -302,8 +305,8 @@ func (n *Node) paused(key string) bool {
 }
 
 // pause leaves a checkpoint alone for twice the time that a restore took to
-// fail, and for twice as long each further time: should the reason not pass, few
-// visitors wait for it. Those that fail together count once.
+// fail, and for twice as long each further time, up to an hour: should the reason
+// not pass, few visitors wait for it. Those that fail together count once.
 func (n *Node) pause(key string, took time.Duration) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -311,8 +314,9 @@ func (n *Node) pause(key string, took time.Duration) {
 	if now.Before(p.until) {
 		return
 	}
+	maps.DeleteFunc(n.pauses, func(_ string, p pause) bool { return now.Sub(p.until) > longestPause })
 	p.failed = min(p.failed+1, 16)
-	p.until = now.Add(took << p.failed)
+	p.until = now.Add(min(took<<p.failed, longestPause))
 	n.pauses[key] = p
 }
 

@@ -150,6 +150,17 @@ func TestPause_GrowsUntilARestoreSucceeds(t *testing.T) {
 		if n.pause("a", time.Second); n.pauses["a"].failed != 1 {
 			t.Error("a success does not count")
 		}
+		for range 20 {
+			n.pause("c", time.Minute)
+			time.Sleep(longestPause)
+		}
+		if n.paused("c") {
+			t.Error("it is not tried again within an hour")
+		}
+		time.Sleep(2 * longestPause)
+		if n.pause("d", time.Second); len(n.pauses) != 1 {
+			t.Errorf("%d that nobody tries any more are kept", len(n.pauses)-1)
+		}
 	})
 }
 

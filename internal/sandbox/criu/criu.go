@@ -35,8 +35,9 @@ type Program struct {
 	Mounts *os.File
 }
 
-// Env is what CRIU and the programs that it calls need of an environment.
-var Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C", "XDG_RUNTIME_DIR=/run"}
+// Env is what CRIU and the programs that it calls need of an environment. It does
+// not speak TLS here, whose library would test itself whenever it is loaded.
+var Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C", "XDG_RUNTIME_DIR=/run", "GNUTLS_NO_IMPLICIT_INIT=1"}
 
 // Args make CRIU take one order from the socket that is descriptor fd.
 func (p *Program) Args(fd int) []string {
