@@ -50,6 +50,7 @@ done
 # installer asks its own site over HTTP whether links may be pretty.
 cp /srv/wordpress/config-default.php /etc/wordpress
 cp /srv/wordpress/site.conf /etc/apache2/sites-available/000-default.conf
+cp /srv/wordpress/php.ini "$(echo /etc/php/*/apache2/conf.d)/99-image.ini"
 echo 'Listen 8080' >/etc/apache2/ports.conf
 unshare --net php /srv/wordpress/install.php
 trap - EXIT
