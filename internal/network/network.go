@@ -274,10 +274,13 @@ func (n *Network) connect(l Lease, netns int) (made bool, err error) {
 		if err := cutIPv6(); err != nil {
 			return err
 		}
-		if port, err = n.fabric.wire.makePort(l.Veth, netns, l.Address); err != nil {
+		if err := n.fabric.wire.makePort(l.Veth, netns, l.Address); err != nil {
 			return fmt.Errorf("make interface: %w", err)
 		}
 		made = true
+		if port, err = n.fabric.wire.index(l.Veth); err != nil {
+			return fmt.Errorf("find interface: %w", err)
+		}
 		if err := n.fabric.wire.reach(port, l.Address, n.gateway); err != nil {
 			return fmt.Errorf("set route: %w", err)
 		}

@@ -79,8 +79,7 @@ func (w *wire) index(name string) (int, error) {
 }
 
 // makePort makes a port, raised, and its other end, eth0, in another namespace.
-// It gives the port's number.
-func (w *wire) makePort(name string, netns int, addr netip.Addr) (index int, err error) {
+func (w *wire) makePort(name string, netns int, addr netip.Addr) error {
 	hardware := nl.NewRtAttr(unix.IFLA_ADDRESS, hardwareAddr(addr))
 	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
 	msg.Flags, msg.Change = unix.IFF_UP|unix.IFF_NOARP, unix.IFF_UP|unix.IFF_NOARP
@@ -97,12 +96,8 @@ func (w *wire) makePort(name string, netns int, addr netip.Addr) (index int, err
 	for _, kind := range []int{unix.IFLA_NUM_TX_QUEUES, unix.IFLA_NUM_RX_QUEUES} {
 		peer.AddRtAttr(kind, number(1))
 	}
-	err = w.ask(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL, msg, nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)), hardware,
+	return w.ask(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL, msg, nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)), hardware,
 		nl.NewRtAttr(unix.IFLA_NUM_TX_QUEUES, number(1)), nl.NewRtAttr(unix.IFLA_NUM_RX_QUEUES, number(1)), info)
-	if err != nil {
-		return 0, err
-	}
-	return w.index(name)
 }
 
 // reach makes an address that of the one behind a port.
