@@ -79,7 +79,7 @@ func (n *Native) endSavers(ctx context.Context) error {
 	for _, name := range groups {
 		if strings.HasPrefix(name, ownGroup) {
 			g := n.cgroups.Group(name)
-			errs = append(errs, g.Kill(), g.Remove(ctx))
+			errs = append(errs, g.Remove(ctx))
 		}
 	}
 	return errors.Join(errs...)
