@@ -33,6 +33,7 @@ func TestConformance_Runsc(t *testing.T) {
 		"no new privileges":              "the sandbox's /proc/PID/status lacks the line",
 		"host's files cannot be written": "mknod makes devices of the sandbox, which are none of the host's",
 		"pids limit":                     "the sandbox's processes are none of the host, which the limit counts",
+		"weights":                        "its processes are begun by others of the host than its first, so that the test cannot keep them on one processor",
 		"exec is confined":               "programs of runsc exec get no OCI seccomp filter, and the line of no new privileges lacks",
 		"network":                        "this release finds a file in every network namespace that older kernels show in the first one only, and refuses",
 	})

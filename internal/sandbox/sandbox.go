@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
+	"github.com/fastcontainer/fastcontainer/internal/sandbox/cgroup"
 )
 
 // Spec is everything a body needs to start one container.
@@ -77,12 +78,16 @@ type Mount struct {
 type Limits struct {
 	// CPU in cores (cgroup quota).
 	CPU float64 `json:"cpu"`
-	// CPUWeight relative to other containers, 1 to 10000, 100 is usual.
+	// CPUWeight relative to other containers, 2 to 10000, 100 is usual; or
+	// IdleWeight.
 	CPUWeight uint64 `json:"cpu_weight"`
 	// Memory including page cache and writable layer; swap is not added.
 	Memory fleet.Bytes `json:"memory"`
 	PIDs   int64       `json:"pids"`
 }
+
+// IdleWeight is the CPUWeight of who gets only what no other container wants.
+const IdleWeight = cgroup.IdleWeight
 
 // Over lays limits over others: a zero leaves a number as it is.
 func (l Limits) Over(base Limits) Limits {

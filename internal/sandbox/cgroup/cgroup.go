@@ -32,10 +32,15 @@ import (
 // Limits of a group. Zero leaves a number unlimited.
 type Limits struct {
 	CPU       float64 // cores
-	CPUWeight uint64  // 1 to 10000, 100 is usual
+	CPUWeight uint64  // 2 to 10000, 100 is usual; or IdleWeight
 	Memory    int64   // bytes
 	PIDs      int64
 }
+
+// IdleWeight gives a group what no other one wants: whoever of the others wakes
+// up takes the processor from it at once (cpu.idle, since Linux 5.15; before,
+// it is the least weight).
+const IdleWeight = 1
 
 // Stats of a group. A number that the kernel does not give stays 0.
 type Stats struct {
@@ -292,17 +297,31 @@ func (g *Group) setCPU(l Limits) error {
 		if quota > 0 {
 			q = strconv.FormatInt(quota, 10)
 		}
-		err := write(g.file("cpu", "cpu.max"), q+" "+strconv.FormatInt(per, 10))
-		if l.CPUWeight > 0 {
-			err = errors.Join(err, write(g.file("cpu", "cpu.weight"), strconv.FormatUint(l.CPUWeight, 10)))
-		}
-		return err
+		return errors.Join(write(g.file("cpu", "cpu.max"), q+" "+strconv.FormatInt(per, 10)), g.setWeight("cpu.weight", l.CPUWeight, l.CPUWeight))
 	}
-	err := write(g.file("cpu", "cpu.cfs_period_us"), strconv.FormatInt(per, 10))
-	err = errors.Join(err, write(g.file("cpu", "cpu.cfs_quota_us"), strconv.FormatInt(quota, 10)))
-	if l.CPUWeight > 0 {
-		shares := max(l.CPUWeight*1024/100, 2)
-		err = errors.Join(err, write(g.file("cpu", "cpu.shares"), strconv.FormatUint(shares, 10)))
+	return errors.Join(
+		write(g.file("cpu", "cpu.cfs_period_us"), strconv.FormatInt(per, 10)),
+		write(g.file("cpu", "cpu.cfs_quota_us"), strconv.FormatInt(quota, 10)),
+		g.setWeight("cpu.shares", l.CPUWeight, max(l.CPUWeight*1024/100, 2)))
+}
+
+// setWeight writes a weight as the number that the file wants.
+func (g *Group) setWeight(file string, weight, number uint64) error {
+	idle := g.file("cpu", "cpu.idle")
+	switch weight {
+	case 0:
+		return nil
+	case IdleWeight:
+		if err := write(idle, "1"); !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	text := strconv.FormatUint(number, 10)
+	err := write(g.file("cpu", file), text)
+	if errors.Is(err, unix.EINVAL) { // an idle group has no weight
+		if err = write(idle, "0"); err == nil {
+			err = write(g.file("cpu", file), text)
+		}
 	}
 	return err
 }

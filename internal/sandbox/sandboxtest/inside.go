@@ -32,6 +32,7 @@ func (s *suite) tests() []namedTest {
 		namedTest{"resize", s.resize},
 		namedTest{"stats", s.stats},
 		namedTest{"numbers about the processor", s.cpu},
+		namedTest{"weights", s.weights},
 		namedTest{"memory alarm", s.alarm},
 		namedTest{"freeze", s.freeze},
 		namedTest{"adopt", s.adopt},

@@ -3,6 +3,7 @@ package sandboxtest
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -253,7 +254,7 @@ func (s *suite) resize(t *testing.T) {
 	spec.Limits = sandbox.Limits{CPU: 1, Memory: 512 << 20, PIDs: 100}
 	c := start(t, r, spec)
 	out.await(t, "ready")
-	for _, l := range []sandbox.Limits{{}, {CPU: 2, CPUWeight: 200, Memory: 400 << 20, PIDs: 50}, {CPU: 0.5, CPUWeight: 10, Memory: 96 << 20, PIDs: 60}} {
+	for _, l := range []sandbox.Limits{{}, {CPU: 2, CPUWeight: 200, Memory: 400 << 20, PIDs: 50}, {CPU: 0.5, CPUWeight: sandbox.IdleWeight, Memory: 128 << 20}, {CPU: 0.5, CPUWeight: 10, Memory: 96 << 20, PIDs: 60}} {
 		if err := c.Resize(l); err != nil {
 			t.Errorf("resize to %+v: %v", l, err)
 		}
@@ -298,6 +299,69 @@ func (s *suite) cpu(t *testing.T) {
 		}
 		if time.Since(began) > timeout {
 			t.Fatalf("got %+v: it is not stopped at its limit", st)
+		}
+	}
+}
+
+// Two share one processor: alike, or one after the other.
+func (s *suite) weights(t *testing.T) {
+	r := s.runtime(t, nil)
+	var both [2]sandbox.Sandbox
+	for i := range both {
+		out := newOutput()
+		spec := s.spec("echo ready; while :; do :; done", out)
+		spec.ID += fleet.InstanceID(strconv.Itoa(i))
+		spec.Limits = sandbox.Limits{}
+		both[i] = start(t, r, spec)
+		out.await(t, "ready")
+		pin(t, both[i].PID())
+	}
+	used := func(i int) time.Duration {
+		st, err := both[i].CPU()
+		must(t, err)
+		return st.CPUTime
+	}
+	for _, c := range []struct {
+		weight      uint64
+		least, most float64 // of what the other gets
+	}{{100, 0.5, 2}, {sandbox.IdleWeight, 0, 0.1}, {100, 0.5, 2}, {1000, 3, 30}, {sandbox.IdleWeight, 0, 0.1}, {20, 0.07, 0.5}} {
+		must(t, both[0].Resize(sandbox.Limits{CPUWeight: c.weight}))
+		must(t, both[1].Resize(sandbox.Limits{CPUWeight: 100}))
+		time.Sleep(50 * time.Millisecond) // what was owed is settled
+		before := [2]time.Duration{used(0), used(1)}
+		began := time.Now()
+		var part [2]float64
+		for part[0]+part[1] < 0.3 {
+			if time.Since(began) > timeout {
+				t.Fatalf("they used %v seconds", part)
+			}
+			time.Sleep(20 * time.Millisecond)
+			part = [2]float64{(used(0) - before[0]).Seconds(), (used(1) - before[1]).Seconds()}
+		}
+		if got := part[0] / part[1]; got < c.least || got > c.most {
+			t.Errorf("weight %d beside 100: %.2f of what the other gets, want %.2f to %.2f", c.weight, got, c.least, c.most)
+		}
+	}
+}
+
+// pin keeps a process, its threads and its descendants on the first processor.
+func pin(t *testing.T, pid int) {
+	t.Helper()
+	var first unix.CPUSet
+	first.Set(0)
+	tasks, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+	must(t, err)
+	for _, task := range tasks {
+		tid, err := strconv.Atoi(task.Name())
+		must(t, err)
+		if err := unix.SchedSetaffinity(tid, &first); err != nil && !errors.Is(err, unix.ESRCH) {
+			t.Fatal(err)
+		}
+		children, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, tid))
+		for _, child := range strings.Fields(string(children)) {
+			n, err := strconv.Atoi(child)
+			must(t, err)
+			pin(t, n)
 		}
 	}
 }
