@@ -166,6 +166,7 @@ func TestBecause(t *testing.T) {
 		"": "",
 		"(00.1) Warn  (criu/a.c:1): small\n(00.2) Error (criu/b.c:2): files: it broke\n(00.3) Error (criu/c.c:3): Restoring FAILED.\n": ": files: it broke",
 		"Error (no end": ": no end",
+		"(00.1) Error (criu/rlimit.c:37): rlimit: Can't setup RLIMIT_NOFILE for self: Operation not permitted\n(00.2) Error (criu/b.c:2): it broke\n": ": it broke",
 	} {
 		if got := because(log); got != want {
 			t.Errorf("%q: %q, want %q", log, got, want)

@@ -106,10 +106,14 @@ func failed(log string) error {
 	return fmt.Errorf("%w%s", ErrRefused, because(log))
 }
 
+// harmless is said by every CRIU without CAP_SYS_RESOURCE where fs.nr_open is
+// above the hard limit of descriptors; it goes on with what it has.
+const harmless = "Can't setup RLIMIT_NOFILE for self"
+
 // because finds what went wrong first in CRIU's log.
 func because(log string) string {
 	for line := range strings.Lines(log) {
-		if _, message, ok := strings.Cut(line, "Error ("); ok {
+		if _, message, ok := strings.Cut(line, "Error ("); ok && !strings.Contains(line, harmless) {
 			if _, rest, ok := strings.Cut(message, "): "); ok {
 				message = rest
 			}
