@@ -28,7 +28,6 @@ type App struct {
 	trend  homeostat.Trend
 	watch  watch
 	active int     // instances that get requests first; the others are surplus
-	weight uint64  // that each instance has
 	limit  float64 // cores of each instance; 0: as at rest
 	memory int64   // that instances to come have at rest, if more than the policy says
 	births *births // nil before the first
@@ -71,6 +70,7 @@ type member struct {
 	quiet     chan struct{} // closed when retiring and nothing is in flight
 	closing   chan struct{} // closed when long-lived streams must end
 
+	part      part
 	change    change
 	claim     homeostat.Claim
 	streams   int       // of those in flight, long-lived ones
@@ -83,6 +83,12 @@ type member struct {
 	growth    int   // looks in a row in which its memory grew
 	most      int64 // memory since mostSince
 	mostSince time.Time
+}
+
+// part of the processor that an instance has, or will have in a moment.
+type part struct {
+	cores  float64
+	weight uint64
 }
 
 // hold is one waiting request.
@@ -387,19 +393,34 @@ func (a *App) claim() homeostat.Claim {
 }
 
 // share of the processor's time that each of n instances gets: all of them
-// together have the weight of their app.
+// together have the weight of their app. Who may use more than at rest has
+// that of others, and comes after them.
 func (a *App) share(n int) uint64 {
-	return uint64(min(max(100*weight(a.policy.Priority)/float64(max(n, 1)), 1), 10000))
+	if a.limit > a.policy.CPU.Rest {
+		return sandbox.IdleWeight
+	}
+	return uint64(min(max(100*weight(a.policy.Priority)/float64(max(n, 1)), sandbox.IdleWeight+1), 10000))
 }
 
-// reweigh shares the app's weight among its instances. The caller holds the lock.
-func (a *App) reweigh() {
-	w := a.share(a.serving())
-	if w == a.weight {
-		return
+// reweigh shares the app's weight among its instances, and gives those that
+// come back the same limit as the others. The caller holds the lock.
+func (a *App) reweigh() { a.portion(causeSiblings, nil) }
+
+const causeSiblings = "as its siblings"
+
+// portion gives each instance its part of the processor. The caller holds the
+// lock.
+func (a *App) portion(cause string, inputs map[string]float64) {
+	p := part{cores: a.limit, weight: a.share(a.serving())}
+	if p.cores <= 0 {
+		p.cores = a.policy.CPU.Rest
 	}
-	a.weight = w
-	a.resizeAll(sandbox.Limits{CPUWeight: w}, "", nil)
+	for _, m := range a.ready {
+		if !m.retiring && m.part != p {
+			m.part = p
+			a.resize(m, sandbox.Limits{CPU: p.cores, CPUWeight: p.weight}, cause, inputs)
+		}
+	}
 }
 
 // started takes up the end of a start.
@@ -504,8 +525,11 @@ func (a *App) join(inst Instance, b *birth, claim homeostat.Claim) *member {
 }
 
 func newMember(a *App, inst Instance) *member {
-	now := time.Now()
-	return &member{app: a, inst: inst, info: inst.Info(), mostSince: now, unused: now, quiet: make(chan struct{}), closing: make(chan struct{})}
+	now, l := time.Now(), inst.Limits()
+	return &member{
+		app: a, inst: inst, info: inst.Info(), part: part{l.CPU, l.CPUWeight}, mostSince: now, unused: now,
+		quiet: make(chan struct{}), closing: make(chan struct{}),
+	}
 }
 
 // enter puts a member into the route. The caller holds the lock.
@@ -534,9 +558,12 @@ func (a *App) adopt(inst Instance) {
 	claim := a.claim()
 	a.k.ledger.adopted(a, claim, a.policy.Priority)
 	a.used = time.Now() // the earlier daemon knew
-	a.join(inst, nil, claim)
-	if l := inst.Limits(); l.CPU > a.policy.CPU.Rest {
+	l := inst.Limits()
+	if l.CPU > a.policy.CPU.Rest {
 		a.limit = max(a.limit, l.CPU)
+	}
+	a.join(inst, nil, claim)
+	if l.CPU > a.policy.CPU.Rest {
 		a.noticed() // it comes back to rest
 	}
 	a.wake(0)

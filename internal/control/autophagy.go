@@ -180,7 +180,7 @@ func (a *App) digest(now time.Time, m *member, c homeostat.Cell, b homeostat.Bit
 	if b.CPU {
 		a.leanUntil = now.Add(lean)
 		a.limit = a.policy.CPU.Rest
-		a.resizeAll(sandbox.Limits{CPU: a.limit}, b.Cause, inputs)
+		a.portion(b.Cause, inputs)
 	}
 	if b.Memory {
 		a.resize(m, sandbox.Limits{Memory: fleet.Bytes(c.MemoryRest)}, b.Cause, inputs)

@@ -80,7 +80,7 @@ func (a *App) look() {
 	}
 	began := time.Now()
 	weigh := began.Sub(a.watch.weighed) >= memoryPace
-	hot := a.trend.Hot() > 0
+	pressing := a.trend.Hot() > 0 || a.limit > a.policy.CPU.Rest
 	seen := make([]reading, 0, len(a.ready))
 	for _, m := range a.ready {
 		if !m.retiring {
@@ -90,7 +90,7 @@ func (a *App) look() {
 	}
 	a.mu.Unlock()
 
-	if hot {
+	if pressing {
 		a.k.feel() // whether there are cores to spare
 	}
 	for i := range seen {
@@ -172,17 +172,7 @@ func (a *App) carryOut(now time.Time, plan homeostat.Plan) {
 		return
 	}
 	a.limit = plan.Limit
-	a.resizeAll(sandbox.Limits{CPU: plan.Limit}, plan.LimitCause, a.inputs(now))
-}
-
-// resizeAll changes limits of all instances in the route. The caller holds the
-// lock.
-func (a *App) resizeAll(l sandbox.Limits, cause string, inputs map[string]float64) {
-	for _, m := range a.ready {
-		if !m.retiring {
-			a.resize(m, l, cause, inputs)
-		}
-	}
+	a.portion(plan.LimitCause, a.inputs(now))
 }
 
 // change is what an instance's limits shall become.

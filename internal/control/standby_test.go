@@ -397,3 +397,27 @@ func TestStandby_AClientThatLeavesWhileItThaws(t *testing.T) {
 		}
 	})
 }
+
+func TestStandby_ComesBackToWhatItsSiblingsHave(t *testing.T) {
+	cellar(t, 1<<30, func(t *testing.T, k *Control, n *fakeNode) {
+		s := standbySpec("shop", fleet.StartAuto)
+		s.Resources.CPU, s.Priority = fleet.CPU{Rest: 0.3, Peak: 1}, 50
+		a := deploy(k, s, 1)
+		for _, want := range []sandbox.Limits{{CPU: 0.3, CPUWeight: 100}, {CPU: 0.6, CPUWeight: sandbox.IdleWeight}} {
+			a.mu.Lock()
+			a.limit = want.CPU
+			a.mu.Unlock()
+			visit(t, a)
+			synctest.Wait()
+			a.each(func(_ *member, f *fakeInstance) {
+				if got := f.Limits(); got.CPU != want.CPU || got.CPUWeight != want.CPUWeight {
+					t.Errorf("got %+v, want %+v", got, want)
+				}
+			})
+			time.Sleep(2 * time.Minute)
+			if s := a.Status(); s.Standby != 1 {
+				t.Fatalf("it is not frozen: %+v", s)
+			}
+		}
+	})
+}

@@ -5,12 +5,14 @@ import (
 	"fmt"
 	"net/http"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/fastcontainer/fastcontainer/internal/api"
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
 	"github.com/fastcontainer/fastcontainer/internal/homeostat"
 )
@@ -164,6 +166,32 @@ func TestLoad_ScalesUpAndBack(t *testing.T) {
 	}
 	if n := len(d.events("grow", fleet.EventStart)); n != 1 {
 		t.Errorf("%d starts", n)
+	}
+}
+
+// Who has more than at rest has it from others, and comes after them; but what
+// he has at rest is his, also when they take all of the machine.
+func TestLoad_WhatIsBorrowedGoesBackAndTheRestIsKept(t *testing.T) {
+	d := newDaemon(t, "")
+	img := laborer(t)
+	d.deployFile("borrower", img, "scale: {max: 1}\nresources: {cpu: {rest: 0.4, peak: 2}}\n")
+	d.expect("borrower.localhost", "/", "most 1")
+	one := func() api.Instance { return d.instances("borrower")[0] }
+	defer d.storm("borrower.localhost", "/burn?n=5", 4)()
+	d.until("it has more than at rest", func() bool { return one().CPU.Limit > 1 })
+	for n := range runtime.NumCPU() {
+		name := fmt.Sprintf("owner%d", n)
+		d.deployFile(name, img, "scale: {max: 1}\nresources: {cpu: {rest: 1, peak: 1}}\n")
+		d.expect(name+".localhost", "/", "most 1")
+		defer d.storm(name+".localhost", "/burn?n=50", 4)()
+	}
+	d.until("it is back at rest", func() bool { return one().CPU.Limit == 0.4 })
+	const span = 4 * time.Second
+	before := one()
+	time.Sleep(span)
+	after := one()
+	if used := (after.CPUSeconds - before.CPUSeconds) / span.Seconds(); after.PID != before.PID || used < 0.1 {
+		t.Errorf("it used %.2f cores while others had all of them; before %+v, after %+v", used, before, after)
 	}
 }
 

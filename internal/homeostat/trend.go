@@ -39,6 +39,7 @@ type Trend struct {
 	full  time.Duration // the same, at the peak
 	cool  time.Duration // for how long less than the limit at rest was enough
 	slow  time.Duration // for how long responses took longer than usual
+	late  time.Duration // for how long others left it less than its rest
 	calm  time.Duration // for how long nothing of this was seen
 	most  [2]int        // instances needed in this and in the last stretch
 	age   time.Duration // of this stretch
@@ -60,6 +61,8 @@ const (
 	lasting = time.Second
 	// catchUp is how soon what waits inside the instances should be done.
 	catchUp = 500 * time.Millisecond
+	// scarce: with fewer cores unused than this the machine is full.
+	scarce = 0.1
 	// patience: for how long one instance may be slow before it gets a
 	// sibling. Every further one takes four times as much: a sibling that does
 	// not help is not followed by many.
@@ -120,6 +123,11 @@ func (t *Trend) Add(p Policy, s Sample) {
 	}
 	t.heat(p, s, now)
 	t.lag(s)
+	if s.limitOf(p) > p.CPU.Rest && s.full() && s.InFlight > 0 && t.use < p.CPU.Rest*float64(s.Ready) {
+		t.late += s.Span
+	} else {
+		t.late = 0
+	}
 	if t.hot > 0 || t.slow > 0 || s.Waiting > 0 {
 		t.calm = 0
 	} else {
@@ -217,6 +225,9 @@ func (l *Load) peak(p Policy) float64 {
 	return min(max(l.Ceiling/float64(l.Ready), p.CPU.Rest), p.CPU.Most())
 }
 
+// full tells whether all of the machine is in use while others have traffic.
+func (l *Load) full() bool { return l.Ceiling > 0 && l.Spare >= 0 && l.Spare < scarce }
+
 func (l *Load) limitOf(p Policy) float64 {
 	if l.Limit > 0 {
 		return l.Limit
@@ -297,7 +308,9 @@ func (t *Trend) cores(p Policy, l Load) int {
 	return max(n, 1)
 }
 
-// limit is what each instance may use from now on.
+// limit is what each instance may use from now on. Whoever may use more than at
+// rest comes after all who may not. So the limit goes back as soon as they leave
+// less than the rest, which is the app's own, and does not rise on a full machine.
 func (t *Trend) limit(p Policy, l Load) (float64, string) {
 	rest, peak := p.CPU.Rest, l.peak(p)
 	limit := l.limitOf(p)
@@ -306,7 +319,9 @@ func (t *Trend) limit(p Policy, l Load) (float64, string) {
 	}
 	each := t.use / float64(l.Ready)
 	switch {
-	case t.hot > 0 && limit < 0.9*peak && !l.Lean:
+	case t.late >= 2*period: // use follows in one
+		return rest, CauseOthers
+	case t.hot > 0 && limit < 0.9*peak && !l.Lean && !(limit <= rest && l.full()):
 		return min(max(2*limit, each/target), peak), CauseCPU
 	case limit > rest && t.cool >= cooling:
 		return max(limit/2, rest), CauseCalm
@@ -327,7 +342,7 @@ func (t *Trend) look(p Policy, l Load) time.Duration {
 	if l.InFlight+l.Waiting+l.Streams == 0 && t.arrived < 0.5 && l.limitOf(p) <= p.CPU.Rest && t.held() <= 1 {
 		return 0
 	}
-	if t.hot > 0 || t.slow > 0 || l.Waiting > 0 {
+	if t.hot > 0 || t.slow > 0 || t.late > 0 || l.Waiting > 0 {
 		return firstLook
 	}
 	return min(max(t.calm/4, firstLook), lastLook)

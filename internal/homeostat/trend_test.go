@@ -270,6 +270,49 @@ func TestTrend_SlowResponsesGetASiblingButNotMany(t *testing.T) {
 	}
 }
 
+// Others take all of the machine: what an app has above its rest goes back at
+// once, and does not rise before there is something left.
+func TestTrend_TheRestIsKeptOnAFullMachine(t *testing.T) {
+	p := app()
+	p.Max = 1
+	var trend Trend
+	limit, next, cause := p.CPU.Rest, firstLook, ""
+	// live gives it at most so many cores while so many are left, until the
+	// limit is some or a time is over.
+	live := func(d time.Duration, spare, cores, until float64) (took time.Duration) {
+		for took < d && limit != until {
+			l := Load{InFlight: 5, Ready: 1, Limit: limit, Spare: spare, Ceiling: 1.5}
+			trend.Add(p, Sample{Span: next, Arrived: 1, Answered: 1, Busy: 10 * time.Millisecond, CPU: seconds(min(cores, limit) * next.Seconds()), Load: l})
+			plan := Decide(p, l, &trend)
+			if plan.Limit > 0 {
+				limit, cause = plan.Limit, plan.LimitCause
+			}
+			took += next
+			next = plan.Look
+		}
+		return took
+	}
+	live(time.Second, 1, 1, 1)
+	if limit != 1 {
+		t.Fatalf("the limit is %g with a core to spare", limit)
+	}
+	live(time.Minute, 0, 0.4, p.CPU.Rest)
+	if limit != 1 {
+		t.Errorf("the limit is %g though it gets more than its rest", limit)
+	}
+	if took := live(time.Minute, 0, 0.01, p.CPU.Rest); took > 2*lastLook || cause != CauseOthers {
+		t.Errorf("for %v it keeps a limit that only puts it behind others, then %q", took, cause)
+	}
+	live(time.Minute, 0, 1, 1)
+	if limit != p.CPU.Rest {
+		t.Errorf("the limit is %g on a full machine", limit)
+	}
+	live(time.Second, 0.5, 1, 1)
+	if limit != 1 {
+		t.Errorf("the limit is %g with half a core to spare", limit)
+	}
+}
+
 // A queue that is gone before a sibling could be there gets none.
 func TestDecide_QueueInProportion(t *testing.T) {
 	p := Policy{Max: 20, Concurrency: 1, CPU: Span[float64]{Rest: 1, Peak: 1}}
