@@ -25,8 +25,7 @@ type App struct {
 	mu     sync.Mutex
 	rev    fleet.Revision
 	policy homeostat.Policy
-	trend  homeostat.Trend
-	watch  watch
+	watch  *watch  // nil before the first request
 	active int     // instances that get requests first; the others are surplus
 	limit  float64 // cores of each instance; 0: as at rest
 	memory int64   // that instances to come have at rest, if more than the policy says
@@ -165,8 +164,9 @@ func (a *App) Acquire(ctx context.Context, arrived time.Time) (*Lease, error) {
 // lease gives a slot away. The caller holds the lock.
 func (a *App) lease(m *member, b *birth, now time.Time) *Lease {
 	m.inflight++
-	a.watch.inFlight++
-	a.watch.arrived++
+	w := a.watching()
+	w.inFlight++
+	w.arrived++
 	a.record.opens(now)
 	a.noticed()
 	return &Lease{m: m, birth: b, began: now}
@@ -299,7 +299,7 @@ func (a *App) decide(now time.Time) homeostat.Plan {
 		return homeostat.Plan{Active: 1}
 	}
 	load := a.load(now)
-	plan := homeostat.Decide(a.policy, load, &a.trend)
+	plan := homeostat.Decide(a.policy, load, a.trend())
 	a.active = plan.Active
 	if plan.Thaw+plan.Start > 0 {
 		inputs := a.inputs(now)
@@ -384,7 +384,7 @@ func (a *App) stillWants(o Order) bool {
 	}
 	load := a.load(time.Now())
 	load.Starting-- // this one
-	return a.lacksStandby(load.Starting) || homeostat.Decide(a.policy, load, &a.trend).Start > 0
+	return a.lacksStandby(load.Starting) || homeostat.Decide(a.policy, load, a.trend()).Start > 0
 }
 
 // claim is what one more instance reserves. The caller holds the lock.
@@ -806,7 +806,10 @@ func (a *App) set(rev fleet.Revision, stopped bool) {
 	}
 	if changed { // what failed before may work now
 		a.failures, a.young, a.lastErr = 0, 0, nil
-		a.limit, a.memory, a.trend = 0, 0, homeostat.Trend{}
+		a.limit, a.memory = 0, 0
+		if a.watch != nil {
+			a.watch.trend = homeostat.Trend{}
+		}
 	}
 	if stopped {
 		for _, m := range slices.Clone(a.ready) {
@@ -844,7 +847,7 @@ func (a *App) stopTimers() {
 	if a.timer != nil {
 		a.timer.Stop()
 	}
-	if a.watch.timer != nil {
+	if a.watch != nil && a.watch.timer != nil {
 		a.watch.timer.Stop()
 		a.unwatch()
 	}
@@ -949,7 +952,7 @@ func (l *Lease) Release(failed bool) {
 	if l.stream {
 		m.streams--
 	} else {
-		w := &a.watch
+		w := a.watch
 		w.inFlight--
 		w.answered++
 		w.busy += now.Sub(l.began)

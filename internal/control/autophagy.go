@@ -138,7 +138,7 @@ func (a *App) cells(now time.Time, number int, p party, cells []homeostat.Cell, 
 		c := homeostat.Cell{
 			App: number, Priority: a.policy.Priority, InFlight: m.inflight, Unused: life.Unused,
 			Surplus: place > a.active, Outdated: life.Outdated, Growing: m.growth >= leaking, Failing: !m.brokeAt.IsZero() && now.Sub(m.brokeAt) < fresh,
-			Hot:      a.trend.Hot() > 0,
+			Hot:      a.trend().Hot() > 0,
 			Siblings: serving, Min: a.policy.Min, Share: p.share, Digested: p.digested,
 			Memory: m.memory, MemoryLimit: int64(limits.Memory), MemoryRest: a.policy.Memory.Rest, CPU: limits.CPU, CPURest: a.policy.CPU.Rest,
 		}

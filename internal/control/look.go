@@ -11,6 +11,7 @@ import (
 // watch is how an app under traffic is looked at: its counters since the last
 // look, and when the next one is due. An app without traffic has no look.
 type watch struct {
+	trend homeostat.Trend
 	timer *time.Timer
 	on    bool
 	at    time.Time     // of the last look
@@ -23,6 +24,23 @@ type watch struct {
 	weighed           time.Time // when memory was read last
 }
 
+// watching is the app's watch, made now if need be. The caller holds the lock.
+func (a *App) watching() *watch {
+	if a.watch == nil {
+		a.watch = &watch{}
+	}
+	return a.watch
+}
+
+// trend is what the watch has shown; nothing before the first request. The
+// caller holds the lock.
+func (a *App) trend() *homeostat.Trend {
+	if a.watch == nil {
+		return &homeostat.Trend{}
+	}
+	return &a.watch.trend
+}
+
 // memoryPace is how often memory is looked at in an app under traffic. (What
 // comes near its limit says so by itself.)
 const memoryPace = time.Second
@@ -30,7 +48,7 @@ const memoryPace = time.Second
 // noticed is called for every request that gets a slot or waits for one: it
 // begins to look, or looks sooner. The caller holds the lock.
 func (a *App) noticed() {
-	w := &a.watch
+	w := a.watching()
 	if w.on {
 		if w.inFlight > w.crowd && w.next > soon {
 			w.next, w.crowd = soon, 2*w.inFlight
@@ -52,7 +70,7 @@ func (a *App) noticed() {
 
 // unwatch ends the looking. The caller holds the lock.
 func (a *App) unwatch() {
-	if a.watch.on {
+	if a.watch != nil && a.watch.on {
 		a.watch.on = false
 		a.k.active.Add(-1)
 	}
@@ -80,7 +98,7 @@ func (a *App) look() {
 	}
 	began := time.Now()
 	weigh := began.Sub(a.watch.weighed) >= memoryPace
-	pressing := a.trend.Hot() > 0 || a.limit > a.policy.CPU.Rest
+	pressing := a.trend().Hot() > 0 || a.limit > a.policy.CPU.Rest
 	seen := make([]reading, 0, len(a.ready))
 	for _, m := range a.ready {
 		if !m.retiring {
@@ -127,7 +145,7 @@ func (a *App) look() {
 	if plan.Active < a.serving() {
 		a.wake(0) // surplus may end
 	}
-	w := &a.watch
+	w := a.watch
 	w.next = plan.Look
 	w.crowd = w.inFlight + w.inFlight/2 + 1
 	if plan.Look == 0 || a.k.closed.Load() {
@@ -140,7 +158,7 @@ func (a *App) look() {
 // sample adds what happened since the last look to the trend. The caller holds
 // the lock.
 func (a *App) sample(now time.Time, seen []reading) {
-	w := &a.watch
+	w := a.watch
 	s := homeostat.Sample{Span: now.Sub(w.at), Arrived: w.arrived, Answered: w.answered, Busy: w.busy}
 	for i := range seen {
 		r := &seen[i]
@@ -159,11 +177,11 @@ func (a *App) sample(now time.Time, seen []reading) {
 	if first {
 		// It was not looked at for a while; what it used meanwhile is no load.
 		w.arrived, w.answered, w.busy = s.Arrived, s.Answered, s.Busy
-		a.trend.Wake(s.Span)
+		a.trend().Wake(s.Span)
 		return
 	}
 	s.Load = a.load(now)
-	a.trend.Add(a.policy, s)
+	a.trend().Add(a.policy, s)
 }
 
 // carryOut changes limits as planned. The caller holds the lock.
@@ -331,7 +349,7 @@ func (a *App) load(now time.Time) homeostat.Load {
 	}
 	if v := a.k.vitals.Load(); v != nil {
 		l.Spare = v.Idle
-		l.Ceiling = homeostat.Ceiling(v.Cores, v.Idle, a.trend.Use(), int(a.k.active.Load()))
+		l.Ceiling = homeostat.Ceiling(v.Cores, v.Idle, a.trend().Use(), int(a.k.active.Load()))
 	}
 	return l
 }
@@ -339,7 +357,7 @@ func (a *App) load(now time.Time) homeostat.Load {
 // inputs are the numbers behind a decision of this moment. The caller holds
 // the lock.
 func (a *App) inputs(now time.Time) map[string]float64 {
-	l, t := a.load(now), &a.trend
+	l, t := a.load(now), a.trend()
 	in := map[string]float64{"waiting": float64(l.Waiting), "in_flight": float64(l.InFlight), "ready": float64(l.Ready), "starting": float64(l.Starting)}
 	for name, v := range map[string]float64{
 		"rate": t.Rate(), "service_ms": t.Service().Seconds() * 1e3, "usual_ms": t.Usual().Seconds() * 1e3,
