@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/csv"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log"
@@ -162,6 +163,48 @@ func (n *node) worker(name string, change func(*fleet.Spec)) error {
 
 func (n *node) target(name, path string) load.Target {
 	return load.Target{Addr: n.http, Host: name + ".localhost", Path: path}
+}
+
+// flooding is what a process of its own sends.
+type flooding struct {
+	Target  load.Target
+	Clients int
+	Span    time.Duration
+}
+
+// floodOrder is the variable in which such a process finds it.
+const floodOrder = "BENCH_FLOOD"
+
+// flood sends it, and prints what came back.
+func flood(order string) error {
+	var f flooding
+	if err := json.Unmarshal([]byte(order), &f); err != nil {
+		return err
+	}
+	return json.NewEncoder(os.Stdout).Encode(load.Closed(context.Background(), f.Target, f.Clients, f.Span, 0))
+}
+
+// flooded has a flood come from a process of its own, which takes what all
+// others leave of the processors: such clients are on other machines, and who
+// is measured beside them must not wait for them.
+func (b *bench) flooded(f flooding) (*load.Run, error) {
+	order, err := json.Marshal(f)
+	if err != nil {
+		return nil, err
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.CommandContext(b.ctx, "nice", "-n", "19", self) //nolint:gosec // this program
+	cmd.Env = append(os.Environ(), floodOrder+"="+string(order))
+	cmd.Stderr = os.Stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return nil, fmt.Errorf("flood: %w", err)
+	}
+	var run load.Run
+	return &run, json.Unmarshal(out, &run)
 }
 
 // once asks an app one time, so that it is awake.

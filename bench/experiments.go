@@ -338,16 +338,20 @@ func neighbour(b *bench, r *report) error {
 	}
 	var wg sync.WaitGroup
 	var flood *load.Run
+	var broke error
 	began := time.Now()
 	w, stop := n.watch("tenant2", began)
 	wg.Go(func() {
 		time.Sleep(part)
-		flood = load.Closed(b.ctx, n.target("tenant2", "/burn?ms=20"), 200, part, 0)
+		flood, broke = b.flooded(flooding{n.target("tenant2", "/burn?ms=20"), 200, part})
 	})
 	run := load.Open(b.ctx, n.target("tenant1", "/burn?ms=2"), 50, 3*part)
 	wg.Wait()
 	stop()
-	r.say("Tenant 1 gets 50 requests a second, each of which costs 2 ms of processor time. After %.0f s tenant 2 is flooded for as long: 200 clients, each", part.Seconds())
+	if broke != nil {
+		return broke
+	}
+	r.say("Tenant 1 gets 50 requests a second, each of which costs 2 ms of processor time. After %.0f s tenant 2 is flooded for as long: 200 clients (a process of their own, of the lowest priority, for they would be elsewhere), each", part.Seconds())
 	r.say("request 20 ms of processor time. Both have 0.5 cores at rest, a peak of one, up to ten instances, and the same priority, on a machine of two cores.\n")
 	ps := panels(run, 500*time.Millisecond)
 	ps[0].Title, ps[1].Title = "Tenant 1: answers per second", "Tenant 1: time of the answers"

@@ -37,6 +37,12 @@ func main() {
 	quick := flag.Bool("quick", false, "fewer rounds: for trying it out, not for the document")
 	file := flag.String("out", "docs/benchmarks.md", "document to write; not written with -only or -quick")
 	flag.Parse()
+	if order := os.Getenv(floodOrder); order != "" {
+		if err := flood(order); err != nil {
+			log.Fatal(err)
+		}
+		return
+	}
 	if err := alone(); err != nil {
 		log.Fatal(err)
 	}
