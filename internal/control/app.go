@@ -402,24 +402,40 @@ func (a *App) share(n int) uint64 {
 	return uint64(min(max(100*weight(a.policy.Priority)/float64(max(n, 1)), sandbox.IdleWeight+1), 10000))
 }
 
-// reweigh shares the app's weight among its instances, and gives those that
-// come back the same limit as the others. The caller holds the lock.
-func (a *App) reweigh() { a.portion(causeSiblings, nil) }
+// reweigh shares the app's weight among its instances, and gives those of its
+// present revision the same limit: one that was a standby may have another. The
+// caller holds the lock.
+func (a *App) reweigh() {
+	cores, weight := a.limit, a.share(a.serving())
+	if cores <= 0 {
+		cores = a.policy.CPU.Rest
+	}
+	for _, m := range a.ready {
+		p := part{m.part.cores, weight}
+		if m.info.Revision == a.rev.ID {
+			p.cores = cores
+		}
+		a.portion(m, p, causeSiblings, nil)
+	}
+}
 
 const causeSiblings = "as its siblings"
 
-// portion gives each instance its part of the processor. The caller holds the
-// lock.
-func (a *App) portion(cause string, inputs map[string]float64) {
-	p := part{cores: a.limit, weight: a.share(a.serving())}
-	if p.cores <= 0 {
-		p.cores = a.policy.CPU.Rest
-	}
+// setLimit gives each instance so many cores. The caller holds the lock.
+func (a *App) setLimit(cores float64, cause string, inputs map[string]float64) {
+	a.limit = cores
+	p := part{cores, a.share(a.serving())}
 	for _, m := range a.ready {
-		if !m.retiring && m.part != p {
-			m.part = p
-			a.resize(m, sandbox.Limits{CPU: p.cores, CPUWeight: p.weight}, cause, inputs)
-		}
+		a.portion(m, p, cause, inputs)
+	}
+}
+
+// portion gives an instance its part of the processor. The caller holds the
+// lock.
+func (a *App) portion(m *member, p part, cause string, inputs map[string]float64) {
+	if !m.retiring && m.part != p {
+		m.part = p
+		a.resize(m, sandbox.Limits{CPU: p.cores, CPUWeight: p.weight}, cause, inputs)
 	}
 }
 

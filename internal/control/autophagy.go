@@ -179,8 +179,7 @@ func (a *App) digest(now time.Time, m *member, c homeostat.Cell, b homeostat.Bit
 	}
 	if b.CPU {
 		a.leanUntil = now.Add(lean)
-		a.limit = a.policy.CPU.Rest
-		a.portion(b.Cause, inputs)
+		a.setLimit(a.policy.CPU.Rest, b.Cause, inputs)
 	}
 	if b.Memory {
 		a.resize(m, sandbox.Limits{Memory: fleet.Bytes(c.MemoryRest)}, b.Cause, inputs)

@@ -149,6 +149,43 @@ func TestWeight_IsTheAppsAndSharedByItsInstances(t *testing.T) {
 	})
 }
 
+// A deploy that gives less does not throttle those that still serve.
+func TestDeploy_LeavesTheOldOnesTheirLimit(t *testing.T) {
+	bubble(t, func(t *testing.T, k *Control, n *fakeNode) {
+		s := scaled("three")
+		s.Scale.Min = 3
+		a := deploy(k, s, 1)
+		time.Sleep(time.Second)
+		synctest.Wait()
+		a.mu.Lock()
+		a.setLimit(0.6, homeostat.CauseCPU, nil)
+		a.mu.Unlock()
+		synctest.Wait()
+		var old []*fakeInstance
+		a.each(func(_ *member, f *fakeInstance) { old = append(old, f) })
+		s.Resources.CPU.Rest = 0.2
+		deploy(k, s, 2)
+		a.mu.Lock()
+		a.reweigh() // as when one of them ends before its successor is ready
+		a.mu.Unlock()
+		time.Sleep(time.Second)
+		synctest.Wait()
+		for _, f := range old {
+			if got := f.Limits().CPU; got != 0.6 {
+				t.Errorf("an old one has %g cores, want the 0.6 that it had", got)
+			}
+		}
+		a.each(func(m *member, f *fakeInstance) {
+			if got := f.Limits().CPU; got != 0.2 || m.info.Revision != "three@2" {
+				t.Errorf("%s has %g cores, want a new one with 0.2", m.info.Revision, got)
+			}
+		})
+		if len(old) != 3 {
+			t.Errorf("%d old ones", len(old))
+		}
+	})
+}
+
 func TestMemory_GrowsBeforeItsLimitAndAfterAKill(t *testing.T) {
 	bubble(t, func(t *testing.T, k *Control, n *fakeNode) {
 		n.vitals = homeostat.Vitals{Used: 100 * mib, Memory: 200 * mib, Idle: 1}

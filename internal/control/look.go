@@ -189,8 +189,7 @@ func (a *App) carryOut(now time.Time, plan homeostat.Plan) {
 	if plan.Limit <= 0 || plan.Limit == a.limit {
 		return
 	}
-	a.limit = plan.Limit
-	a.portion(plan.LimitCause, a.inputs(now))
+	a.setLimit(plan.Limit, plan.LimitCause, a.inputs(now))
 }
 
 // change is what an instance's limits shall become.
