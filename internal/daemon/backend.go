@@ -205,11 +205,11 @@ func describe(i *node.Instance, info fleet.Instance, inFlight int) api.Instance 
 	if !info.ExpiresAt.IsZero() {
 		out.ExpiresAt = &info.ExpiresAt
 	}
+	limits := i.Limits()
+	out.CPU.Limit, out.Memory.Limit = limits.CPU, int64(limits.Memory)
 	if info.State != fleet.StateReady && info.State != fleet.StateRetiring {
 		return out
 	}
-	limits := i.Limits()
-	out.CPU.Limit, out.Memory.Limit = limits.CPU, int64(limits.Memory)
 	stats, err := i.Stats()
 	if err == nil {
 		out.CPUSeconds = stats.CPUTime.Seconds()
