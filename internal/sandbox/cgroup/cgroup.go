@@ -20,6 +20,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -38,9 +39,23 @@ type Limits struct {
 }
 
 // IdleWeight gives a group what no other one wants: whoever of the others wakes
-// up takes the processor from it at once (cpu.idle, since Linux 5.15; before,
-// it is the least weight).
+// up takes the processor from it at once (cpu.idle). Before Linux 6.6, whose
+// scheduler makes who had little weight wait for seconds after he has got more,
+// it is a quarter of the usual weight.
 const IdleWeight = 1
+
+const quarter = 25
+
+// idles tells whether this kernel's groups can be idle and come back from it.
+var idles = sync.OnceValue(func() bool {
+	var u unix.Utsname
+	if unix.Uname(&u) != nil {
+		return false
+	}
+	var major, minor int
+	_, err := fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &major, &minor)
+	return err == nil && (major > 6 || major == 6 && minor >= 6)
+})
 
 // Stats of a group. A number that the kernel does not give stays 0.
 type Stats struct {
@@ -297,30 +312,32 @@ func (g *Group) setCPU(l Limits) error {
 		if quota > 0 {
 			q = strconv.FormatInt(quota, 10)
 		}
-		return errors.Join(write(g.file("cpu", "cpu.max"), q+" "+strconv.FormatInt(per, 10)), g.setWeight("cpu.weight", l.CPUWeight, l.CPUWeight))
+		return errors.Join(write(g.file("cpu", "cpu.max"), q+" "+strconv.FormatInt(per, 10)), g.setWeight(l.CPUWeight))
 	}
 	return errors.Join(
 		write(g.file("cpu", "cpu.cfs_period_us"), strconv.FormatInt(per, 10)),
 		write(g.file("cpu", "cpu.cfs_quota_us"), strconv.FormatInt(quota, 10)),
-		g.setWeight("cpu.shares", l.CPUWeight, max(l.CPUWeight*1024/100, 2)))
+		g.setWeight(l.CPUWeight))
 }
 
-// setWeight writes a weight as the number that the file wants.
-func (g *Group) setWeight(file string, weight, number uint64) error {
+func (g *Group) setWeight(weight uint64) error {
 	idle := g.file("cpu", "cpu.idle")
-	switch weight {
-	case 0:
+	switch {
+	case weight == 0:
 		return nil
-	case IdleWeight:
-		if err := write(idle, "1"); !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
+	case weight == IdleWeight && idles():
+		return write(idle, "1")
+	case weight == IdleWeight:
+		weight = quarter
 	}
-	text := strconv.FormatUint(number, 10)
-	err := write(g.file("cpu", file), text)
-	if errors.Is(err, unix.EINVAL) { // an idle group has no weight
+	file, text := g.file("cpu", "cpu.weight"), strconv.FormatUint(weight, 10)
+	if !g.root.v2 {
+		file, text = g.file("cpu", "cpu.shares"), strconv.FormatUint(max(weight*1024/100, 2), 10)
+	}
+	err := write(file, text)
+	if errors.Is(err, unix.EINVAL) && idles() { // an idle group has no weight
 		if err = write(idle, "0"); err == nil {
-			err = write(g.file("cpu", file), text)
+			err = write(file, text)
 		}
 	}
 	return err
