@@ -165,30 +165,38 @@ func (n *node) target(name, path string) load.Target {
 	return load.Target{Addr: n.http, Host: name + ".localhost", Path: path}
 }
 
-// flooding is what a process of its own sends.
-type flooding struct {
-	Target  load.Target
-	Clients int
-	Span    time.Duration
+// clients are what a process of its own does: either so many of them, one
+// request after another each, or so many requests a second.
+type clients struct {
+	Target load.Target
+	Count  int
+	Rate   float64
+	Span   time.Duration
 }
 
-// floodOrder is the variable in which such a process finds it.
-const floodOrder = "BENCH_FLOOD"
+// clientsOrder is the variable in which such a process finds it.
+const clientsOrder = "BENCH_CLIENTS"
 
-// flood sends it, and prints what came back.
-func flood(order string) error {
-	var f flooding
-	if err := json.Unmarshal([]byte(order), &f); err != nil {
+// beClients does it, and prints what came back.
+func beClients(order string) error {
+	var c clients
+	if err := json.Unmarshal([]byte(order), &c); err != nil {
 		return err
 	}
-	return json.NewEncoder(os.Stdout).Encode(load.Closed(context.Background(), f.Target, f.Clients, f.Span, 0))
+	var run *load.Run
+	if c.Rate > 0 {
+		run = load.Open(context.Background(), c.Target, c.Rate, c.Span)
+	} else {
+		run = load.Closed(context.Background(), c.Target, c.Count, c.Span, 0)
+	}
+	return json.NewEncoder(os.Stdout).Encode(run)
 }
 
-// flooded has a flood come from a process of its own, which takes what all
-// others leave of the processors: such clients are on other machines, and who
-// is measured beside them must not wait for them.
-func (b *bench) flooded(f flooding) (*load.Run, error) {
-	order, err := json.Marshal(f)
+// clients are on other machines as a rule. Who floods takes what all others
+// leave of the processors here (nice 19), and who measures waits for nobody
+// (nice -20): what is measured is then the node.
+func (b *bench) clients(c clients, nice int) (*load.Run, error) {
+	order, err := json.Marshal(c)
 	if err != nil {
 		return nil, err
 	}
@@ -196,12 +204,12 @@ func (b *bench) flooded(f flooding) (*load.Run, error) {
 	if err != nil {
 		return nil, err
 	}
-	cmd := exec.CommandContext(b.ctx, "nice", "-n", "19", self) //nolint:gosec // this program
-	cmd.Env = append(os.Environ(), floodOrder+"="+string(order))
+	cmd := exec.CommandContext(b.ctx, "nice", "-n", strconv.Itoa(nice), self) //nolint:gosec // this program
+	cmd.Env = append(os.Environ(), clientsOrder+"="+string(order))
 	cmd.Stderr = os.Stderr
 	out, err := cmd.Output()
 	if err != nil {
-		return nil, fmt.Errorf("flood: %w", err)
+		return nil, fmt.Errorf("clients: %w", err)
 	}
 	var run load.Run
 	return &run, json.Unmarshal(out, &run)

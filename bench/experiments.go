@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -338,21 +339,22 @@ func neighbour(b *bench, r *report) error {
 	}
 	var wg sync.WaitGroup
 	var flood *load.Run
-	var broke error
+	var broken error
 	began := time.Now()
 	w, stop := n.watch("tenant2", began)
 	wg.Go(func() {
 		time.Sleep(part)
-		flood, broke = b.flooded(flooding{n.target("tenant2", "/burn?ms=20"), 200, part})
+		flood, broken = b.clients(clients{Target: n.target("tenant2", "/burn?ms=20"), Count: 200, Span: part}, 19)
 	})
-	run := load.Open(b.ctx, n.target("tenant1", "/burn?ms=2"), 50, 3*part)
+	run, err := b.clients(clients{Target: n.target("tenant1", "/burn?ms=2"), Rate: 50, Span: 3 * part}, -20)
 	wg.Wait()
 	stop()
-	if broke != nil {
-		return broke
+	if err = errors.Join(err, broken); err != nil {
+		return err
 	}
 	r.say("Tenant 1 gets 50 requests a second, each of which costs 2 ms of processor time. After %.0f s tenant 2 is flooded for as long: 200 clients (a process of their own, of the lowest priority, for they would be elsewhere), each", part.Seconds())
-	r.say("request 20 ms of processor time. Both have 0.5 cores at rest, a peak of one, up to ten instances, and the same priority, on a machine of two cores.\n")
+	r.say("request 20 ms of processor time. Both have 0.5 cores at rest, a peak of one, up to ten instances, and the same priority, on a machine of two cores. Clients would be elsewhere,")
+	r.say("so the flood's are a process of the lowest priority, and tenant 1's, who measure, one of the highest.\n")
 	ps := panels(run, 500*time.Millisecond)
 	ps[0].Title, ps[1].Title = "Tenant 1: answers per second", "Tenant 1: time of the answers"
 	wp := w.panels()

@@ -37,8 +37,8 @@ func main() {
 	quick := flag.Bool("quick", false, "fewer rounds: for trying it out, not for the document")
 	file := flag.String("out", "docs/benchmarks.md", "document to write; not written with -only or -quick")
 	flag.Parse()
-	if order := os.Getenv(floodOrder); order != "" {
-		if err := flood(order); err != nil {
+	if order := os.Getenv(clientsOrder); order != "" {
+		if err := beClients(order); err != nil {
 			log.Fatal(err)
 		}
 		return

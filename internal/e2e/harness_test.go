@@ -177,6 +177,7 @@ func (d *daemon) end() {
 	_ = exec.Command("nft", "delete", "table", "ip", "fastcontainer-"+d.name).Run()
 	_ = exec.Command("nft", "delete", "table", "inet", "fastcontainer-"+d.name).Run()
 	for _, g := range cgroups(d.name) {
+		_ = os.Remove(g + "/daemon")
 		_ = os.Remove(g)
 	}
 	_ = d.log.Close()
@@ -231,7 +232,7 @@ func (d *daemon) leftovers() []string {
 	for _, g := range cgroups(d.name) {
 		entries, _ := os.ReadDir(g)
 		for _, e := range entries {
-			if e.IsDir() {
+			if e.IsDir() && e.Name() != "daemon" { // its own
 				left = append(left, "cgroup "+g+"/"+e.Name())
 			}
 		}
