@@ -62,6 +62,9 @@ func (o *outfit) close() {
 // fit sets limits and makes the root filesystem of the container's spec.
 func (c *container) fit(limits Limits) (_ *outfit, err error) {
 	p, spec := c.p, &c.spec
+	if now := (usual{limits, int64(spec.Disk)}); c.n.usual.Load() == nil || *c.n.usual.Load() != now {
+		c.n.usual.Store(&now)
+	}
 	if err := c.Resize(limits); err != nil {
 		return nil, err
 	}
@@ -113,6 +116,17 @@ func (c *container) fit(limits Limits) (_ *outfit, err error) {
 	return o, nil
 }
 
+// usual is what starts want as a rule: what the last one wanted. A sandbox that
+// is prepared gets it already, and its start changes only what differs.
+type usual struct {
+	limits Limits
+	disk   int64
+}
+
+func (l Limits) group() cgroup.Limits {
+	return cgroup.Limits{CPU: l.CPU, CPUWeight: l.CPUWeight, Memory: int64(l.Memory), PIDs: l.PIDs}
+}
+
 // become turns the prepared sandbox into the container of its spec: limits,
 // root filesystem, identity and program.
 func (c *container) become(ctx context.Context, began time.Time) error {
@@ -154,8 +168,10 @@ func (c *container) become(ctx context.Context, began time.Time) error {
 
 // lives begins to watch over the container's first process.
 func (c *container) lives(s *stdio) {
-	// It may have ended already; then nothing needs its start time any more.
-	c.started, _ = startTime(c.p.machine.pid)
+	if c.started = c.p.machine.started; c.started == 0 {
+		// It may have ended already; then nothing needs its start time any more.
+		c.started, _ = startTime(c.p.machine.pid)
+	}
 	s.run()
 	c.p.whenEnded(func(st status) { s.after(func() { c.finish(st) }) })
 }
@@ -337,7 +353,7 @@ func (c *container) Signal(sig os.Signal) error {
 func (c *container) Kill() error { return c.p.group.Kill() }
 
 func (c *container) Resize(l Limits) error {
-	err := c.p.group.Set(cgroup.Limits{CPU: l.CPU, CPUWeight: l.CPUWeight, Memory: int64(l.Memory), PIDs: l.PIDs})
+	err := c.p.group.Set(l.group())
 	if err != nil {
 		return fmt.Errorf("resize %s: %w", c.spec.ID, err)
 	}

@@ -18,6 +18,9 @@ import (
 type machine struct {
 	pid  int
 	conn *net.UnixConn
+	// started is its start time, which stays what it is when it executes a
+	// program; 0: not read yet.
+	started uint64
 }
 
 // firstFD is the number of the first descriptor that a machine receives; the

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -84,6 +85,7 @@ type Native struct {
 	workshop    *stage
 	overlayByFD bool
 	pool        *pool
+	usual       atomic.Pointer[usual] // nil before the first start
 	// background is what goes on after a start, off its path.
 	background sync.WaitGroup
 	// allCaps are this kernel's capabilities, usualCaps what containers get.

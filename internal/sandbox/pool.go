@@ -156,6 +156,11 @@ func (p *pool) step() bool {
 		}
 		return false
 	}
+	if u := p.n.usual.Load(); u != nil {
+		// Whatever is refused here, its start will be told.
+		_ = s.group.Set(u.limits.group())
+		_ = s.disk.resize(u.disk)
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.shelf = append(p.shelf, s)

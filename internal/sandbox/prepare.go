@@ -123,6 +123,9 @@ func (n *Native) prepare(ctx context.Context, userns bool, caps uint64) (_ *prep
 	if err := p.machine.play(ctx, n.furnishTape(caps)); err != nil {
 		return nil, err
 	}
+	if p.machine.started, err = startTime(p.machine.pid); err != nil {
+		return nil, err
+	}
 	if n.network != nil {
 		if err := p.askForSockets(ctx); err != nil {
 			return nil, err

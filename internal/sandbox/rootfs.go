@@ -25,6 +25,7 @@ const defaultDisk = 64 << 20
 type writable struct {
 	fd    int
 	owner int
+	size  int64 // that it may hold; 0: next to nothing
 }
 
 func newWritable(owner int, resolvConf []byte) (_ *writable, err error) {
@@ -62,6 +63,9 @@ func (w *writable) resize(size int64) error {
 	if size <= 0 {
 		size = defaultDisk
 	}
+	if size == w.size {
+		return nil
+	}
 	fs, err := unix.Fspick(w.fd, "", unix.FSPICK_EMPTY_PATH|unix.FSPICK_CLOEXEC)
 	if err != nil {
 		return fmt.Errorf("size writable layer: %w", err)
@@ -75,6 +79,7 @@ func (w *writable) resize(size int64) error {
 	if err := unix.FsconfigReconfigure(fs); err != nil {
 		return fmt.Errorf("size writable layer: %w", withMessages(fs, err))
 	}
+	w.size = size
 	return nil
 }
 

@@ -102,6 +102,10 @@ type Root struct {
 type Group struct {
 	root *Root
 	name string
+
+	mu sync.Mutex
+	// is what was set, by file: nobody else sets limits there.
+	is map[string]string
 }
 
 var controllers = []string{"cpu", "cpuacct", "memory", "pids", "freezer"}
@@ -338,9 +342,27 @@ func (g *Group) Add(pid int) error {
 	return nil
 }
 
-// Set changes the limits.
+// Set changes the limits: what is so already costs nothing.
 func (g *Group) Set(l Limits) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
 	return errors.Join(g.setCPU(l), g.setMemory(l.Memory), g.setPIDs(l.PIDs))
+}
+
+// put writes a limit unless it is so. The caller holds the lock.
+func (g *Group) put(controller, file, text string) error {
+	if is, ok := g.is[file]; ok && is == text {
+		return nil
+	}
+	delete(g.is, file)
+	if err := write(g.file(controller, file), text); err != nil {
+		return err
+	}
+	if g.is == nil {
+		g.is = map[string]string{}
+	}
+	g.is[file] = text
+	return nil
 }
 
 func (g *Group) setCPU(l Limits) error {
@@ -350,32 +372,32 @@ func (g *Group) setCPU(l Limits) error {
 		if quota > 0 {
 			q = strconv.FormatInt(quota, 10)
 		}
-		return errors.Join(write(g.file("cpu", "cpu.max"), q+" "+strconv.FormatInt(per, 10)), g.setWeight(l.CPUWeight))
+		return errors.Join(g.put("cpu", "cpu.max", q+" "+strconv.FormatInt(per, 10)), g.setWeight(l.CPUWeight))
 	}
 	return errors.Join(
-		write(g.file("cpu", "cpu.cfs_period_us"), strconv.FormatInt(per, 10)),
-		write(g.file("cpu", "cpu.cfs_quota_us"), strconv.FormatInt(quota, 10)),
+		g.put("cpu", "cpu.cfs_period_us", strconv.FormatInt(per, 10)),
+		g.put("cpu", "cpu.cfs_quota_us", strconv.FormatInt(quota, 10)),
 		g.setWeight(l.CPUWeight))
 }
 
 func (g *Group) setWeight(weight uint64) error {
-	idle := g.file("cpu", "cpu.idle")
+	file, text := "cpu.weight", strconv.FormatUint(weight, 10)
+	if !g.root.v2 {
+		file, text = "cpu.shares", strconv.FormatUint(max(weight*1024/100, 2), 10)
+	}
 	switch {
 	case weight == 0:
 		return nil
 	case weight == IdleWeight && idles():
-		return write(idle, "1")
+		delete(g.is, file) // the kernel sets it
+		return g.put("cpu", "cpu.idle", "1")
 	case weight == IdleWeight:
-		weight = quarter
+		return g.setWeight(quarter)
 	}
-	file, text := g.file("cpu", "cpu.weight"), strconv.FormatUint(weight, 10)
-	if !g.root.v2 {
-		file, text = g.file("cpu", "cpu.shares"), strconv.FormatUint(max(weight*1024/100, 2), 10)
-	}
-	err := write(file, text)
+	err := g.put("cpu", file, text)
 	if errors.Is(err, unix.EINVAL) && idles() { // an idle group has no weight
-		if err = write(idle, "0"); err == nil {
-			err = write(file, text)
+		if err = g.put("cpu", "cpu.idle", "0"); err == nil {
+			err = g.put("cpu", file, text)
 		}
 	}
 	return err
@@ -387,8 +409,8 @@ func (g *Group) setMemory(limit int64) error {
 		if limit > 0 {
 			v = strconv.FormatInt(limit, 10)
 		}
-		err := write(g.file("memory", "memory.max"), v)
-		if serr := write(g.file("memory", "memory.swap.max"), "0"); serr != nil && !errors.Is(serr, fs.ErrNotExist) {
+		err := g.put("memory", "memory.max", v)
+		if serr := g.put("memory", "memory.swap.max", "0"); serr != nil && !errors.Is(serr, fs.ErrNotExist) {
 			err = errors.Join(err, serr)
 		}
 		return err
@@ -399,12 +421,12 @@ func (g *Group) setMemory(limit int64) error {
 	}
 	// Memory plus swap must never be below memory: what goes first depends on
 	// the direction, so a refused first try is repeated after the other.
-	plain, both := g.file("memory", "memory.limit_in_bytes"), g.file("memory", "memory.memsw.limit_in_bytes")
-	err := write(plain, v)
-	if serr := write(both, v); serr != nil && !errors.Is(serr, fs.ErrNotExist) {
+	const plain, both = "memory.limit_in_bytes", "memory.memsw.limit_in_bytes"
+	err := g.put("memory", plain, v)
+	if serr := g.put("memory", both, v); serr != nil && !errors.Is(serr, fs.ErrNotExist) {
 		return errors.Join(err, serr)
 	} else if serr == nil && err != nil {
-		err = write(plain, v)
+		err = g.put("memory", plain, v)
 	}
 	return err
 }
@@ -414,7 +436,7 @@ func (g *Group) setPIDs(n int64) error {
 	if n > 0 {
 		v = strconv.FormatInt(n, 10)
 	}
-	return write(g.file("pids", "pids.max"), v)
+	return g.put("pids", "pids.max", v)
 }
 
 // Stats reads the numbers of the group. What cannot be read is named in the
