@@ -87,7 +87,8 @@ func (t *Trend) Use() float64 { return t.use }
 // Hot is for how long the processor limit has been in the way.
 func (t *Trend) Hot() time.Duration { return t.hot }
 
-// Slow is for how long responses have taken longer than usual.
+// Slow is for how long responses have taken longer than usual though no
+// processor limit is in the way.
 func (t *Trend) Slow() time.Duration { return t.slow }
 
 func ratio(a, b float64) float64 {
@@ -198,7 +199,7 @@ func (t *Trend) lag(s Sample) {
 		return
 	}
 	slow := t.usual > 0 && took > slowness*t.usual && took > leastSlow.Seconds() && s.InFlight > 0
-	if !slow {
+	if !slow || t.hot > 0 { // what the processor's limit slows down is another matter
 		t.slow = 0
 	} else {
 		t.slow += s.Span
@@ -223,6 +224,12 @@ func (l *Load) peak(p Policy) float64 {
 		return p.CPU.Most()
 	}
 	return min(max(l.Ceiling/float64(l.Ready), p.CPU.Rest), p.CPU.Most())
+}
+
+// roomFor tells whether so many instances at rest stay below what the app may
+// have while others have traffic.
+func (l *Load) roomFor(p Policy, n int) bool {
+	return l.Ceiling <= 0 || float64(n)*p.CPU.Rest <= l.Ceiling
 }
 
 // full tells whether all of the machine is in use while others have traffic.
@@ -259,9 +266,9 @@ func (t *Trend) need(p Policy, l Load) (int, string) {
 	if m := t.cores(p, l); m > n {
 		n, cause = m, CauseCPU
 	}
-	if t.slow > 0 && t.hot == 0 && l.InFlight >= 2*l.Ready {
+	if t.slow > 0 && t.hot == 0 && l.InFlight >= 2*l.Ready && t.use < target*l.limitOf(p)*float64(l.Ready) {
 		wait := patience << min(2*(l.Ready-1), 20)
-		if t.slow >= wait && n <= l.Ready {
+		if t.slow >= wait && n <= l.Ready && l.roomFor(p, l.Ready+1) {
 			n, cause = l.Ready+1, CauseSlow
 		}
 	}

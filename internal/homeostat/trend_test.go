@@ -270,6 +270,40 @@ func TestTrend_SlowResponsesGetASiblingButNotMany(t *testing.T) {
 	}
 }
 
+// A flood is slow for as long as it lasts. When the processor limit is not in
+// the way for a moment, because a neighbour had the processor, that is no reason
+// for siblings; nor are there more of them than the app may have at rest beside others.
+func TestTrend_AFloodGetsNoSiblingsForBeingSlow(t *testing.T) {
+	p := app()
+	p.CPU.Rest, p.CPU.Peak = 0.5, 1
+	var trend Trend
+	ready := 1
+	look := func(service time.Duration, cores float64) {
+		t.Helper()
+		const span = 20 * time.Millisecond
+		l := Load{InFlight: 200, Ready: ready, Limit: 1, Spare: 0.4, Ceiling: 1.4}
+		trend.Add(p, Sample{Span: span, Arrived: 1, Answered: 1, Busy: service, CPU: seconds(cores * span.Seconds()), Load: l})
+		if plan := Decide(p, l, &trend); plan.Start > 0 {
+			t.Errorf("%d starts at %d, %q", plan.Start, ready, plan.Cause)
+		}
+	}
+	for range 50 {
+		look(20*time.Millisecond, 0.3)
+	}
+	for range 30 {
+		for range 50 {
+			look(4*time.Second, 0.99)
+		}
+		for range 5 {
+			look(4*time.Second, 0.75)
+		}
+	}
+	ready = 2
+	for range 1000 { // they wait for something else, and a third one would take what others may need
+		look(4*time.Second, 0.1)
+	}
+}
+
 // Others take all of the machine: what an app has above its rest goes back at
 // once, and does not rise before there is something left.
 func TestTrend_TheRestIsKeptOnAFullMachine(t *testing.T) {
