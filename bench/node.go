@@ -99,7 +99,6 @@ func (n *node) end() {
 	}
 	groups, _ := filepath.Glob("/sys/fs/cgroup/*/" + n.name)
 	for _, g := range append(groups, "/sys/fs/cgroup/"+n.name) {
-		_ = os.Remove(g + "/daemon")
 		_ = os.Remove(g)
 	}
 	_ = n.log.Close()

@@ -164,7 +164,7 @@ type NetworkConfig struct {
 
 // SandboxConfig is how containers are kept on this machine.
 type SandboxConfig struct {
-	// Cgroup is the path of the group above theirs and above the daemon's own, which is daemon below it. Default /fastcontainer.
+	// Cgroup is the path of the group above theirs. Default /fastcontainer.
 	Cgroup string `yaml:"cgroup"`
 	// UIDBase is the first user id on the host that containers may have: container i has 65536 of them from uid_base + 65536 i. Default 536870912.
 	UIDBase uint32 `yaml:"uid_base"`

@@ -38,7 +38,6 @@ import (
 	"github.com/fastcontainer/fastcontainer/internal/node"
 	"github.com/fastcontainer/fastcontainer/internal/release"
 	"github.com/fastcontainer/fastcontainer/internal/sandbox"
-	"github.com/fastcontainer/fastcontainer/internal/sandbox/cgroup"
 	"github.com/fastcontainer/fastcontainer/internal/sandbox/oci"
 	"github.com/fastcontainer/fastcontainer/internal/slow"
 	"github.com/fastcontainer/fastcontainer/internal/store"
@@ -142,9 +141,6 @@ func (d *Daemon) prepare() error {
 		limit.Cur = limit.Max
 		_ = unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
 	}
-	if err := cgroup.Enter(d.cfg.Sandbox.Cgroup, ownWeight); err != nil {
-		d.log.Warn("no control group for the daemon itself: containers and it share the processors less evenly when the machine is full", "err", err)
-	}
 	// Collecting garbage a little less often costs some memory and saves time
 	// on the path of requests; who sets GOGC knows better.
 	if os.Getenv("GOGC") == "" {
@@ -161,10 +157,7 @@ func (d *Daemon) prepare() error {
 	return nil
 }
 
-const (
-	spareThreads = 4
-	ownWeight    = 100 // that of an app of usual priority
-)
+const spareThreads = 4
 
 // lockRun keeps a second daemon out of the run directory.
 func lockRun(dir string) (func() error, error) {

@@ -177,7 +177,6 @@ func (d *daemon) end() {
 	_ = exec.Command("nft", "delete", "table", "ip", "fastcontainer-"+d.name).Run()
 	_ = exec.Command("nft", "delete", "table", "inet", "fastcontainer-"+d.name).Run()
 	for _, g := range cgroups(d.name) {
-		_ = os.Remove(g + "/daemon")
 		_ = os.Remove(g)
 	}
 	_ = d.log.Close()
@@ -232,7 +231,7 @@ func (d *daemon) leftovers() []string {
 	for _, g := range cgroups(d.name) {
 		entries, _ := os.ReadDir(g)
 		for _, e := range entries {
-			if e.IsDir() && e.Name() != "daemon" { // its own
+			if e.IsDir() {
 				left = append(left, "cgroup "+g+"/"+e.Name())
 			}
 		}

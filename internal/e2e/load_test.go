@@ -4,11 +4,8 @@ import (
 	"context"
 	"fmt"
 	"net/http"
-	"os"
-	"path"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -195,41 +192,6 @@ func TestLoad_WhatIsBorrowedGoesBackAndTheRestIsKept(t *testing.T) {
 	after := one()
 	if used := (after.CPUSeconds - before.CPUSeconds) / span.Seconds(); after.PID != before.PID || used < 0.1 {
 		t.Errorf("it used %.2f cores while others had all of them; before %+v, after %+v", used, before, after)
-	}
-}
-
-// The daemon is a group beside those of the containers, so that weights hold
-// against it too; what it starts is in none but its own, and the next daemon
-// goes there again.
-func TestDaemon_HasAGroupOfItsOwn(t *testing.T) {
-	d := newDaemon(t, "")
-	group := func(pid int) string {
-		t.Helper()
-		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
-		if err != nil {
-			t.Fatal(err)
-		}
-		for line := range strings.Lines(string(b)) {
-			switch f := strings.SplitN(strings.TrimSpace(line), ":", 3); {
-			case slices.Contains(strings.Split(f[1], ","), "cpu"), f[0] == "0" && strings.Count(string(b), "\n") == 1:
-				return f[2]
-			}
-		}
-		t.Fatalf("process %d has no group of processors:\n%s", pid, b)
-		return ""
-	}
-	d.deployFile("web", laborer(t), "")
-	own := "/" + d.name + "/daemon"
-	for range 2 {
-		d.expect("web.localhost", "/", "most 1")
-		if got := group(d.cmd.Process.Pid); got != own {
-			t.Errorf("the daemon is in %s", got)
-		}
-		if got, i := group(d.instances("web")[0].PID), d.instances("web")[0]; got == own || path.Dir(got) != "/"+d.name {
-			t.Errorf("%s is in %s", i.ID, got)
-		}
-		d.kill()
-		d.start()
 	}
 }
 

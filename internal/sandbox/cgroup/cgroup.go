@@ -113,51 +113,15 @@ var controllers = []string{"cpu", "cpuacct", "memory", "pids", "freezer"}
 // Open makes the root group, parent being its path below the mount points
 // ("/fastcontainer"), and enables the controllers that containers need.
 func Open(parent string) (*Root, error) {
-	r, mount, err := find(parent)
-	if err != nil {
-		return nil, err
-	}
-	return r, r.make(mount, parent)
-}
-
-// own is the group of the daemon itself.
-const own = "daemon"
-
-// Enter moves this process, and with it all that it starts from now on, into a
-// group beside those of the containers, on v1 that of the cpu controller only.
-// A weight of theirs then holds against the daemon too: in a group
-// elsewhere it competes with all containers as one, so that one with a small
-// share waits for each of its threads, and one that is idle takes from it.
-func Enter(parent string, weight uint64) error {
-	r, mount, err := find(parent)
-	if err != nil {
-		return err
-	}
-	g := r.Group(own)
-	if err := os.MkdirAll(g.file("cpu", ""), 0o755); err != nil {
-		return fmt.Errorf("make cgroup: %w", err)
-	}
-	// Before the controllers: on v2 a group with processes cannot hand them down,
-	// and under systemd the parent may be the daemon's own.
-	if err := write(g.file("cpu", "cgroup.procs"), "0"); err != nil {
-		return err
-	}
-	if err := r.make(mount, parent); err != nil {
-		return err
-	}
-	return g.setWeight(weight)
-}
-
-// find tells where the root group is or will be, and on v2 its mount point.
-func find(parent string) (r *Root, mount string, err error) {
 	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup", "cgroup2"))
 	if err != nil {
-		return nil, "", fmt.Errorf("find cgroup mounts: %w", err)
+		return nil, fmt.Errorf("find cgroup mounts: %w", err)
 	}
-	r = &Root{v1: map[string]string{}}
+	r := &Root{v1: map[string]string{}}
+	unified := ""
 	for _, m := range mounts {
 		if m.FSType == "cgroup2" {
-			mount = m.Mountpoint
+			unified = m.Mountpoint
 			continue
 		}
 		for _, opt := range strings.Split(m.VFSOptions, ",") {
@@ -166,37 +130,34 @@ func find(parent string) (r *Root, mount string, err error) {
 			}
 		}
 	}
-	if len(r.v1) == 0 && mount != "" {
+	if len(r.v1) == 0 && unified != "" {
 		r.v2 = true
-		r.dirs = []string{filepath.Join(mount, parent)}
-		return r, mount, nil
+		if err := r.openV2(unified, parent); err != nil {
+			return nil, err
+		}
+		return r, nil
 	}
 	for _, c := range controllers {
 		dir, ok := r.v1[c]
 		if !ok {
-			return nil, "", fmt.Errorf("the %s controller of cgroup v1 is not mounted", c)
+			return nil, fmt.Errorf("the %s controller of cgroup v1 is not mounted", c)
 		}
 		if !slices.Contains(r.dirs, dir) {
 			r.dirs = append(r.dirs, dir)
 		}
 	}
-	return r, mount, nil
-}
-
-func (r *Root) make(mount, parent string) error {
-	if r.v2 {
-		return makeV2(mount, parent)
-	}
 	for _, dir := range r.dirs {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
-			return fmt.Errorf("make cgroup: %w", err)
+			return nil, fmt.Errorf("make cgroup: %w", err)
 		}
 	}
-	return nil
+	return r, nil
 }
 
-// makeV2 makes the root group and hands every controller down to it.
-func makeV2(mount, parent string) error {
+// openV2 makes the root group and hands every controller down to it. A process
+// in the parent (the daemon itself, under systemd) would forbid that, so
+// it is moved aside by the caller beforehand.
+func (r *Root) openV2(mount, parent string) error {
 	dir := mount
 	for _, part := range strings.Split(strings.Trim(parent, "/")+"/.", "/") {
 		if err := enableV2(dir); err != nil {
@@ -210,6 +171,7 @@ func makeV2(mount, parent string) error {
 			return fmt.Errorf("make cgroup: %w", err)
 		}
 	}
+	r.dirs = []string{dir}
 	return nil
 }
 
@@ -250,7 +212,7 @@ func (r *Root) Remove() error {
 	return errors.Join(errs...)
 }
 
-// List names the groups of containers that exist.
+// List names the groups that exist.
 func (r *Root) List() ([]string, error) {
 	var names []string
 	for _, dir := range r.dirs {
@@ -259,7 +221,7 @@ func (r *Root) List() ([]string, error) {
 			return nil, fmt.Errorf("list cgroups: %w", err)
 		}
 		for _, e := range entries {
-			if e.IsDir() && e.Name() != own && !slices.Contains(names, e.Name()) {
+			if e.IsDir() && !slices.Contains(names, e.Name()) {
 				names = append(names, e.Name())
 			}
 		}
