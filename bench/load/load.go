@@ -81,6 +81,9 @@ func (g *gun) ask(ctx context.Context) (int, string) {
 	}
 	resp, err := g.client.Do(req)
 	if err != nil {
+		if op := (*net.OpError)(nil); errors.As(err, &op) { // without its addresses: there are many
+			return 0, op.Op + ": " + op.Err.Error()
+		}
 		if u := errors.Unwrap(err); u != nil {
 			err = u
 		}
