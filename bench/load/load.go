@@ -81,20 +81,26 @@ func (g *gun) ask(ctx context.Context) (int, string) {
 	}
 	resp, err := g.client.Do(req)
 	if err != nil {
-		if op := (*net.OpError)(nil); errors.As(err, &op) { // without its addresses: there are many
-			return 0, op.Op + ": " + op.Err.Error()
-		}
-		if u := errors.Unwrap(err); u != nil {
-			err = u
-		}
-		return 0, err.Error()
+		return 0, kind(err)
 	}
 	_, err = io.Copy(io.Discard, resp.Body)
 	_ = resp.Body.Close()
 	if err != nil {
-		return 0, "in the middle of the response: " + err.Error()
+		return 0, "in the middle of the response: " + kind(err)
 	}
 	return resp.StatusCode, ""
+}
+
+// kind is what went wrong without what differs from request to request: the
+// URL and the addresses.
+func kind(err error) string {
+	if op := (*net.OpError)(nil); errors.As(err, &op) {
+		return op.Op + ": " + op.Err.Error()
+	}
+	if u := errors.Unwrap(err); u != nil {
+		err = u
+	}
+	return err.Error()
 }
 
 func (g *gun) run() *Run {

@@ -266,11 +266,9 @@ func (t *Trend) need(p Policy, l Load) (int, string) {
 	if m := t.cores(p, l); m > n {
 		n, cause = m, CauseCPU
 	}
-	if t.slow > 0 && t.hot == 0 && l.InFlight >= 2*l.Ready && t.use < target*l.limitOf(p)*float64(l.Ready) {
-		wait := patience << min(2*(l.Ready-1), 20)
-		if t.slow >= wait && n <= l.Ready && l.roomFor(p, l.Ready+1) {
-			n, cause = l.Ready+1, CauseSlow
-		}
+	more, wait := l.Ready+1, patience<<min(2*(l.Ready-1), 20)
+	if t.slow >= wait && l.InFlight >= 2*l.Ready && t.use < target*l.limitOf(p)*float64(l.Ready) && n < more && l.roomFor(p, more) {
+		n, cause = more, CauseSlow
 	}
 	return min(n, asked), cause
 }

@@ -298,6 +298,9 @@ func TestTrend_AFloodGetsNoSiblingsForBeingSlow(t *testing.T) {
 			look(4*time.Second, 0.75)
 		}
 	}
+	for range 100 { // nor while most of what it may use is used, and the limit is not in the way
+		look(4*time.Second, 0.75)
+	}
 	ready = 2
 	for range 1000 { // they wait for something else, and a third one would take what others may need
 		look(4*time.Second, 0.1)

@@ -17,7 +17,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
-	"github.com/fastcontainer/fastcontainer/internal/sandbox/cgroup"
 )
 
 // container is a prepared sandbox that became something.
@@ -62,9 +61,7 @@ func (o *outfit) close() {
 // fit sets limits and makes the root filesystem of the container's spec.
 func (c *container) fit(limits Limits) (_ *outfit, err error) {
 	p, spec := c.p, &c.spec
-	if now := (usual{limits, int64(spec.Disk)}); c.n.usual.Load() == nil || *c.n.usual.Load() != now {
-		c.n.usual.Store(&now)
-	}
+	c.n.usual.Store(&usual{limits, int64(spec.Disk)})
 	if err := c.Resize(limits); err != nil {
 		return nil, err
 	}
@@ -121,10 +118,6 @@ func (c *container) fit(limits Limits) (_ *outfit, err error) {
 type usual struct {
 	limits Limits
 	disk   int64
-}
-
-func (l Limits) group() cgroup.Limits {
-	return cgroup.Limits{CPU: l.CPU, CPUWeight: l.CPUWeight, Memory: int64(l.Memory), PIDs: l.PIDs}
 }
 
 // become turns the prepared sandbox into the container of its spec: limits,
@@ -353,7 +346,7 @@ func (c *container) Signal(sig os.Signal) error {
 func (c *container) Kill() error { return c.p.group.Kill() }
 
 func (c *container) Resize(l Limits) error {
-	err := c.p.group.Set(l.group())
+	err := c.p.group.Set(l.Cgroup())
 	if err != nil {
 		return fmt.Errorf("resize %s: %w", c.spec.ID, err)
 	}

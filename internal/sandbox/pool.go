@@ -158,7 +158,7 @@ func (p *pool) step() bool {
 	}
 	if u := p.n.usual.Load(); u != nil {
 		// Whatever is refused here, its start will be told.
-		_ = s.group.Set(u.limits.group())
+		_ = s.group.Set(u.limits.Cgroup())
 		_ = s.disk.resize(u.disk)
 	}
 	p.mu.Lock()

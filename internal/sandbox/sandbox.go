@@ -89,6 +89,11 @@ type Limits struct {
 // IdleWeight is the CPUWeight of who gets only what no other container wants.
 const IdleWeight = cgroup.IdleWeight
 
+// Cgroup is the limits as a control group takes them.
+func (l Limits) Cgroup() cgroup.Limits {
+	return cgroup.Limits{CPU: l.CPU, CPUWeight: l.CPUWeight, Memory: int64(l.Memory), PIDs: l.PIDs}
+}
+
 // Over lays limits over others: a zero leaves a number as it is.
 func (l Limits) Over(base Limits) Limits {
 	if l.CPU > 0 {

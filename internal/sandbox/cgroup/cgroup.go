@@ -313,7 +313,7 @@ func (g *Group) Set(l Limits) error {
 
 // put writes a limit unless it is so. The caller holds the lock.
 func (g *Group) put(controller, file, text string) error {
-	if is, ok := g.is[file]; ok && is == text {
+	if g.is[file] == text {
 		return nil
 	}
 	delete(g.is, file)

@@ -353,7 +353,7 @@ func (c *container) ended() bool {
 func (c *container) Kill() error { return c.group.Kill() }
 
 func (c *container) Resize(l sandbox.Limits) error {
-	err := c.group.Set(cgroup.Limits{CPU: l.CPU, CPUWeight: l.CPUWeight, Memory: int64(l.Memory), PIDs: l.PIDs})
+	err := c.group.Set(l.Cgroup())
 	if err != nil {
 		return fmt.Errorf("resize %s: %w", c.spec.ID, err)
 	}
