@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -23,32 +22,33 @@ import (
 // plain runs the server as a process until it answers, and tells how long that
 // took.
 func (b *bench) plain() (time.Duration, error) {
-	addr, err := free()
-	if err != nil {
-		return 0, err
-	}
-	_, port, _ := net.SplitHostPort(addr)
+	port := ownPort()
+	addr := "127.0.0.1:" + port
 	cmd := exec.CommandContext(b.ctx, b.root+"/server") //nolint:gosec // ours
 	cmd.Env = []string{"PORT=" + port}
 	began := time.Now()
 	if err := cmd.Start(); err != nil {
 		return 0, err
 	}
-	err = answer(addr, hello)
+	err := answer(addr, hello)
 	took := time.Since(began)
 	_ = cmd.Process.Kill()
 	_ = cmd.Wait()
 	return took, err
 }
 
-var bundles atomic.Int64
+var ports, bundles atomic.Int64
+
+// ownPort is below those that the kernel gives away, and no two are the same
+// at a time.
+func ownPort() string { return strconv.Itoa(12000 + int(ports.Add(1)%18000)) }
 
 // oci runs the server with an OCI runtime until it answers; the container is
 // removed afterwards. It shares the host's network, so that the runtime need
 // not make one: that favours it.
 func (b *bench) oci(runtime string) (took time.Duration, err error) {
 	count := bundles.Add(1)
-	port := strconv.Itoa(12000 + int(count%18000)) // below the kernel's own, and no two the same
+	port := ownPort()
 	addr := "127.0.0.1:" + port
 	id := fmt.Sprintf("bench-%d-%d", os.Getpid(), count)
 	dir := filepath.Join(b.dir, id)

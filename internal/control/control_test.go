@@ -41,6 +41,8 @@ type fakeNode struct {
 	saved             map[fleet.RevisionID]bool
 	saves             int
 	saving, restoring time.Duration
+	// reading is how long it takes to read an instance's processor time.
+	reading time.Duration
 }
 
 type fakeInstance struct {
@@ -74,7 +76,14 @@ func (i *fakeInstance) set(f func(i *fakeInstance)) {
 	f(i)
 }
 
-func (i *fakeInstance) CPU() (sandbox.Stats, error) { return i.Stats() }
+func (i *fakeInstance) CPU() (sandbox.Stats, error) {
+	i.node.mu.Lock()
+	reading := i.node.reading
+	i.node.mu.Unlock()
+	time.Sleep(reading)
+	return i.Stats()
+}
+
 func (i *fakeInstance) OutOfMemory() bool {
 	i.mu.Lock()
 	defer i.mu.Unlock()

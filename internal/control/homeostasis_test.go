@@ -16,7 +16,7 @@ import (
 const mib = 1 << 20
 
 // burn has an instance use processor time, up to its limit, for as long as a
-// test's requests last.
+// test's requests last; the limit is counted in periods of a millisecond.
 func (n *fakeNode) burn(a *App, cores float64, d time.Duration) {
 	for range int(d / time.Millisecond) {
 		time.Sleep(time.Millisecond)
@@ -26,6 +26,10 @@ func (n *fakeNode) burn(a *App, cores float64, d time.Duration) {
 			f.mu.Lock()
 			if m.inflight > 0 {
 				f.stats.CPUTime += time.Duration(min(f.limits.CPU, cores) * float64(time.Millisecond))
+				f.stats.Periods++
+				if cores > f.limits.CPU {
+					f.stats.ThrottledPers++
+				}
 			}
 			f.mu.Unlock()
 		}
@@ -105,6 +109,49 @@ func TestLoad_LimitsRiseThenSiblingsComeAndCalmBringsAllBack(t *testing.T) {
 		if on {
 			t.Error("it is still looked at though it has nothing to do")
 		}
+	})
+}
+
+// Looks at a calm app are half a second apart. A crowd that comes just as one
+// is under way is not left to the next.
+func TestLoad_ACrowdIsSeenAtOnceWheneverItComes(t *testing.T) {
+	for _, after := range []time.Duration{-50 * time.Millisecond, -4 * time.Millisecond, -time.Millisecond, 0, time.Millisecond, 2 * time.Millisecond, 3 * time.Millisecond} {
+		t.Run(after.String(), func(t *testing.T) {
+			aCrowd(t, after)
+		})
+	}
+}
+
+func aCrowd(t *testing.T, after time.Duration) {
+	bubble(t, func(t *testing.T, k *Control, n *fakeNode) {
+		n.vitals = homeostat.Vitals{Idle: 8, Cores: 8, Memory: 1 << 40}
+		n.reading = 2 * time.Millisecond
+		a := deploy(k, scaled("calm"), 1)
+		stop := flood(t, a, 1, 100*time.Millisecond)
+		n.burn(a, 0.01, 6*time.Second)
+		a.mu.Lock()
+		next := a.watch.at.Add(a.watch.next)
+		a.mu.Unlock()
+		if left := time.Until(next); left < 10*time.Millisecond {
+			time.Sleep(left + 10*time.Millisecond)
+			a.mu.Lock()
+			next = a.watch.at.Add(a.watch.next)
+			a.mu.Unlock()
+		}
+		if time.Until(next) < 100*time.Millisecond {
+			t.Fatalf("the next look is in %v, want a calm app", time.Until(next))
+		}
+		n.burn(a, 0.01, time.Until(next)+after)
+		crowd := flood(t, a, 8, time.Second)
+		n.burn(a, 2, 30*time.Millisecond)
+		a.each(func(_ *member, f *fakeInstance) {
+			if got := f.Limits().CPU; got <= 0.3 {
+				t.Errorf("%v after the look began: it still has %v cores 30 ms later", after, got)
+			}
+		})
+		crowd()
+		stop()
+		time.Sleep(time.Minute) // the last look is over
 	})
 }
 

@@ -18,6 +18,9 @@ type watch struct {
 	next  time.Duration // after it
 	crowd int           // so many in flight are no news
 
+	looking bool // a look is under way
+	news    bool // a crowd came since it, or the one before, began
+
 	inFlight          int // of all instances
 	arrived, answered int
 	busy              time.Duration
@@ -50,8 +53,12 @@ const memoryPace = time.Second
 func (a *App) noticed() {
 	w := a.watching()
 	if w.on {
-		if w.inFlight > w.crowd && w.next > soon {
-			w.next, w.crowd = soon, 2*w.inFlight
+		if w.inFlight <= w.crowd {
+			return
+		}
+		w.crowd, w.news = 2*w.inFlight, true
+		if w.next > soon && !w.looking {
+			w.next = soon
 			w.timer.Reset(soon)
 		}
 		return
@@ -96,6 +103,13 @@ func (a *App) look() {
 		a.mu.Unlock()
 		return
 	}
+	if a.watch.looking { // its end sets the timer
+		a.mu.Unlock()
+		return
+	}
+	a.watch.looking = true
+	news := a.watch.news
+	a.watch.news = false
 	began := time.Now()
 	weigh := began.Sub(a.watch.weighed) >= memoryPace
 	pressing := a.trend().Hot() > 0 || a.limit > a.policy.CPU.Rest
@@ -126,26 +140,30 @@ func (a *App) look() {
 
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	w := a.watch
+	w.looking = false
 	if a.removed {
 		a.unwatch()
 		return
 	}
 	now := time.Now()
 	a.sample(now, seen)
+	if news || w.news { // what it does to the app may be too young to be seen
+		w.trend.Stir()
+	}
 	for i := range seen {
 		if seen[i].whole && seen[i].err == nil {
 			a.weigh(now, seen[i].m, seen[i].all)
 		}
 	}
 	if weigh {
-		a.watch.weighed = now
+		w.weighed = now
 	}
 	plan := a.decide(now)
 	a.carryOut(now, plan)
 	if plan.Active < a.serving() {
 		a.wake(0) // surplus may end
 	}
-	w := a.watch
 	w.next = plan.Look
 	w.crowd = w.inFlight + w.inFlight/2 + 1
 	if plan.Look == 0 || a.k.closed.Load() {

@@ -149,8 +149,11 @@ func (t *Trend) Add(p Policy, s Sample) {
 // Wake follows a time in which nobody looked, because nothing was to be seen.
 func (t *Trend) Wake(slept time.Duration) {
 	t.Add(Policy{}, Sample{Span: slept})
-	t.calm = 0
+	t.Stir()
 }
+
+// Stir ends the calm: something may come of what has just begun.
+func (t *Trend) Stir() { t.calm = 0 }
 
 // heat finds out whether the processor limit is in the way: the instances use
 // what they may, and more than a moment's worth of it. now is the cores used
