@@ -128,13 +128,13 @@ func TestStandby_IsMortalAndRenewedWhereThatPays(t *testing.T) {
 					visit(t, a)
 					time.Sleep(30 * time.Minute)
 				}
-				starts, _, _ := n.counts()
 				time.Sleep(31 * time.Minute)
 				if s := a.Status(); s.Standby != c.kept || s.Ready != 0 {
 					t.Errorf("at the end of its life: %+v", s)
 				}
-				if more, _, running := n.counts(); c.kept == 1 && more == starts || running != c.kept {
-					t.Errorf("%d starts, then %d; %d running", starts, more, running)
+				// Ten and a half hours are eleven lives, some of them a little shorter.
+				if starts, _, running := n.counts(); c.kept == 1 && (starts < 11 || starts > 13) || running != c.kept {
+					t.Errorf("%d starts; %d running", starts, running)
 				}
 			})
 		})

@@ -166,8 +166,8 @@ func (t *Trend) heat(p Policy, s Sample, now float64) {
 		return
 	}
 	// An instance may use a whole period's quota at once. Half of it gone,
-	// faster than it comes back, says that the rest will be gone too; and so
-	// does a moment at the limit.
+	// faster than it comes back, says that the rest will be gone too; so does
+	// a moment at the limit; and who was stopped at it has no need to be guessed about.
 	throttled := s.Throttled > 0 && 4*s.Throttled >= s.Periods
 	if (now >= 0.9*all || throttled) && s.InFlight > 0 {
 		t.tight += s.Span
@@ -175,7 +175,7 @@ func (t *Trend) heat(p Policy, s Sample, now float64) {
 		t.tight = 0
 	}
 	quota := all * period.Seconds()
-	burst := t.tight > 0 && (max(t.use*period.Seconds(), now*s.Span.Seconds()) >= quota/2 || t.tight >= moment)
+	burst := t.tight > 0 && (max(t.use*period.Seconds(), now*s.Span.Seconds()) >= quota/2 || t.tight >= moment || throttled)
 	if s.InFlight > 0 && (burst || t.use >= 0.9*all) {
 		t.hot += s.Span
 		if limit >= 0.9*s.peak(p) {

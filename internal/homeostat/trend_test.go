@@ -176,6 +176,29 @@ func TestTrend_SaturationRaisesTheLimitWithinTwentyMilliseconds(t *testing.T) {
 	}
 }
 
+// Who is stopped at the limit in most periods of one short look is at it; who
+// only uses much for so short a time, or is stopped now and then, may not be.
+func TestTrend_OneLookIsEnoughToSeeThatItIsStopped(t *testing.T) {
+	for _, c := range []struct {
+		what               string
+		cores              float64
+		periods, throttled uint64
+		hot                bool
+	}{
+		{"stopped in one period of one", 0.3, 1, 1, true},
+		{"stopped in a quarter of them", 0.2, 4, 1, true},
+		{"stopped in fewer", 0.2, 5, 1, false},
+		{"as much as the limit for 7 ms", 0.3, 1, 0, false},
+	} {
+		var trend Trend
+		trend.Add(app(), Sample{Span: 7 * time.Millisecond, Arrived: 1, CPU: seconds(c.cores * .007), Periods: c.periods, Throttled: c.throttled,
+			Load: Load{InFlight: 1, Ready: 1, Limit: 0.3, Spare: 4}})
+		if hot := trend.Hot() > 0; hot != c.hot {
+			t.Errorf("%s: at the limit %v, want %v", c.what, hot, c.hot)
+		}
+	}
+}
+
 func TestTrend_SiblingsFollowWhenThePeakIsNotEnough(t *testing.T) {
 	w := newTestWorld(t, app())
 	w.run(time.Second, 10, 2*time.Millisecond)
