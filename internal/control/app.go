@@ -550,7 +550,7 @@ func newMember(a *App, inst Instance) *member {
 
 // enter puts a member into the route. The caller holds the lock.
 func (a *App) enter(m *member, b *birth) {
-	m.upstream = a.k.cfg.Attach(m.info.ID, m.info.Address)
+	m.upstream = a.k.cfg.Attach(m.info.ID, m.info.Address, m.inst.Dialed)
 	m.unused = time.Now()
 	a.ready = append(a.ready, m)
 	if a.stopped || a.removed {

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"net"
 	"net/netip"
 	"runtime"
 	"slices"
@@ -40,6 +41,8 @@ type Instance interface {
 	CPU() (sandbox.Stats, error)
 	// OutOfMemory tells whether it has ended for that.
 	OutOfMemory() bool
+	// Dialed gives away an unused connection to it, or nil.
+	Dialed() net.Conn
 }
 
 // Order is a start that is wanted.
@@ -83,7 +86,7 @@ type Config struct {
 	// Events is told of decisions.
 	Events func(fleet.Event)
 	// Attach makes what the front door keeps beside a ready instance.
-	Attach func(fleet.InstanceID, netip.AddrPort) io.Closer
+	Attach func(id fleet.InstanceID, addr netip.AddrPort, dialed func() net.Conn) io.Closer
 	// HoldsPerApp and HoldsTotal bound the waiting requests, HoldTimeout
 	// their wait.
 	HoldsPerApp, HoldsTotal int

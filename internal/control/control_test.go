@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"math/rand/v2"
+	"net"
 	"net/netip"
 	"runtime"
 	"sync"
@@ -83,6 +84,8 @@ func (i *fakeInstance) CPU() (sandbox.Stats, error) {
 	time.Sleep(reading)
 	return i.Stats()
 }
+
+func (i *fakeInstance) Dialed() net.Conn { return nil }
 
 func (i *fakeInstance) OutOfMemory() bool {
 	i.mu.Lock()
@@ -215,7 +218,7 @@ func newTestControl(t testing.TB, n Node, change func(*Config)) *Control {
 	t.Helper()
 	c := Config{
 		Node: n, Logger: slog.New(slog.DiscardHandler), Events: func(fleet.Event) {},
-		Attach:      func(fleet.InstanceID, netip.AddrPort) io.Closer { return nothing{} },
+		Attach:      func(fleet.InstanceID, netip.AddrPort, func() net.Conn) io.Closer { return nothing{} },
 		HoldsPerApp: 2000, HoldsTotal: 5000, HoldTimeout: 30 * time.Second,
 	}
 	if change != nil {

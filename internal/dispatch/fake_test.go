@@ -217,7 +217,7 @@ func listen(t testing.TB) net.Listener {
 // instance adds one that listens at addr.
 func (f *front) instance(addr string) *fakeInstance {
 	ap := netip.MustParseAddrPort(addr)
-	in := &fakeInstance{addr: ap, upstream: NewAttach(f.cfg)("app.aaaaaaaa", ap), closing: make(chan struct{})}
+	in := &fakeInstance{addr: ap, upstream: NewAttach(f.cfg)("app.aaaaaaaa", ap, func() net.Conn { return nil }), closing: make(chan struct{})}
 	f.app.mu.Lock()
 	defer f.app.mu.Unlock()
 	f.app.instances = append(f.app.instances, in)

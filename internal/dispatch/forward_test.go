@@ -348,6 +348,71 @@ func TestForward_KeptConnectionClosedByApp(t *testing.T) {
 	}
 }
 
+// Who found the instance ready leaves its connection to the first request. If
+// the app has closed it meanwhile, that is no fault of the request.
+func TestForward_TheConnectionThatThereIsAlready(t *testing.T) {
+	for _, method := range []string{"GET", "POST"} {
+		for _, open := range []bool{true, false} {
+			t.Run(fmt.Sprint(method, " open=", open), func(t *testing.T) {
+				f := newFront(t, nil)
+				accepted := make(chan struct{}, 10)
+				var conns atomic.Int64
+				in := f.raw(func(c net.Conn) {
+					closes := conns.Add(1) == 1 && !open
+					accepted <- struct{}{}
+					for r := newRawConn(t, c); !closes; {
+						for l := r.line(); l != ""; l = r.line() {
+						}
+						if _, err := io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"); err != nil {
+							return
+						}
+					}
+				})
+				offered, err := net.Dial("tcp", in.addr.String())
+				if err != nil {
+					t.Fatal(err)
+				}
+				<-accepted
+				if !open { // wait for the end without taking it
+					_ = offered.SetReadDeadline(time.Now().Add(10 * time.Second))
+					if _, err := offered.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+						t.Fatal(err)
+					}
+					_ = offered.SetReadDeadline(time.Time{})
+				}
+				asked := 0
+				in.upstream = NewAttach(f.cfg)("app.aaaaaaaa", in.addr, func() net.Conn {
+					if asked++; asked > 1 {
+						return nil
+					}
+					return offered
+				})
+				c := f.client("h1")
+				for range 2 {
+					req, _ := http.NewRequest(method, "http://app.test/", nil)
+					res, err := c.Do(req)
+					if err != nil {
+						t.Fatal(err)
+					}
+					b, _ := io.ReadAll(res.Body)
+					_ = res.Body.Close()
+					if res.StatusCode != 200 || string(b) != "ok" {
+						t.Fatalf("got %d %q", res.StatusCode, b)
+					}
+				}
+				more := 0
+				if !open {
+					more = 1
+				}
+				if got := len(accepted); got != more {
+					t.Errorf("%d more connections, want %d", got, more)
+				}
+				_ = in.upstream.Close()
+			})
+		}
+	}
+}
+
 func TestForward_NotRepeatedIfSeen(t *testing.T) {
 	f := newFront(t, nil)
 	var seen atomic.Int64

@@ -3,6 +3,7 @@ package dispatch
 import (
 	"context"
 	"io"
+	"net"
 	"net/netip"
 	"time"
 
@@ -59,5 +60,6 @@ type Lease interface {
 }
 
 // Attach makes what the front door keeps beside an instance while it may get
-// requests; it is closed when the instance has left the route for good.
-type Attach func(id fleet.InstanceID, addr netip.AddrPort) io.Closer
+// requests; it is closed when the instance has left the route for good. dialed
+// gives away a connection to the instance on which nothing has been sent, or nil.
+type Attach func(id fleet.InstanceID, addr netip.AddrPort, dialed func() net.Conn) io.Closer

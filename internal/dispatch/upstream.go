@@ -19,9 +19,9 @@ import (
 // NewAttach makes what the front door keeps beside each instance. It may be
 // called before there is a Server.
 func NewAttach(cfg Config) Attach {
-	return func(id fleet.InstanceID, addr netip.AddrPort) io.Closer {
+	return func(id fleet.InstanceID, addr netip.AddrPort, dialed func() net.Conn) io.Closer {
 		return &instance{
-			id: id, addr: addr.String(),
+			id: id, addr: addr.String(), dialed: dialed,
 			maxIdle: cfg.MaxIdlePerInstance, idleFor: cfg.InstanceIdleTimeout, maxHeader: cfg.MaxHeaderBytes,
 			dialer: net.Dialer{Timeout: cfg.ConnectTimeout, KeepAlive: 30 * time.Second, Control: cfg.Control},
 			live:   map[*instanceConn]struct{}{},
@@ -38,6 +38,7 @@ type instance struct {
 	idleFor   time.Duration
 	maxHeader int
 	dialer    net.Dialer
+	dialed    func() net.Conn
 
 	mu     sync.Mutex
 	closed bool
@@ -87,11 +88,28 @@ func (in *instance) kept(now time.Time) *instanceConn {
 	return c
 }
 
+// dial makes a connection, or takes the one there is already: it may have been
+// closed by the instance meanwhile, as one that was kept.
 func (in *instance) dial(ctx context.Context) (*instanceConn, error) {
+	if raw := in.dialed(); raw != nil {
+		c, err := in.own(raw)
+		if err != nil {
+			return nil, err
+		}
+		if c.reused = true; c.alive() {
+			return c, nil
+		}
+		c.close()
+	}
 	raw, err := in.dialer.DialContext(ctx, "tcp", in.addr)
 	if err != nil {
 		return nil, err
 	}
+	return in.own(raw)
+}
+
+// own makes a connection one of the instance's.
+func (in *instance) own(raw net.Conn) (*instanceConn, error) {
 	c := &instanceConn{raw: raw, in: in}
 	if sc, ok := raw.(syscall.Conn); ok {
 		c.sys, _ = sc.SyscallConn()

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -120,6 +121,7 @@ type Instance struct {
 	limits  sandbox.Limits
 	disarm  func()        // the memory alarm; nil: there is none
 	stopped chan struct{} // closed when nothing is left of it
+	dialed  net.Conn      // by which it was found to be ready, until somebody uses it
 	// readyAt with its monotonic part: clocks may jump.
 	readyAt time.Time
 }
@@ -277,12 +279,27 @@ func (n *Node) start(ctx context.Context, i *Instance, kind fleet.StartKind, sta
 	if err := i.move(fleet.StateReady); err != nil {
 		return err
 	}
-	if err := n.save(i); err != nil {
-		return err
-	}
-	n.arm(i)
+	n.note(i)
 	n.watch(i)
 	return nil
+}
+
+// note writes a ready instance's state down and turns its memory alarm on.
+// Somebody waits for the instance, not for this, so it goes on beside. A daemon
+// that is killed before it is done leaves an instance that the next one removes,
+// as any that it killed while it was starting it.
+func (n *Node) note(i *Instance) {
+	n.watches.Go(func() {
+		i.sizing.Lock()
+		defer i.sizing.Unlock()
+		if i.Info().State != fleet.StateReady {
+			return
+		}
+		if err := n.save(i); err != nil {
+			n.cfg.Logger.Warn("a new daemon would not know the instance", "instance", i.info.ID, "error", err)
+		}
+		n.arm(i)
+	})
 }
 
 // settle takes note of where an instance runs, and waits until it is ready.
@@ -429,10 +446,13 @@ func (n *Node) removeOnce(ctx context.Context, i *Instance) error {
 			n.cfg.Logger.Error("destroy instance", "instance", i.info.ID, "error", err)
 		}
 	}
+	i.sizing.Lock() // its state may be about to be written
 	if rerr := os.Remove(n.statePath(i.info.ID)); rerr != nil && !errors.Is(rerr, os.ErrNotExist) {
 		n.cfg.Logger.Warn("remove instance state", "instance", i.info.ID, "error", rerr)
 	}
+	i.sizing.Unlock()
 	i.release()
+	i.hangUp()
 	i.mu.Lock()
 	i.quiet()
 	i.mu.Unlock()

@@ -236,6 +236,44 @@ func TestStart_ReadyMeansThatItAnswers(t *testing.T) {
 	}
 }
 
+// The connection that found an instance ready is there for one request, and
+// soon gone if there is none.
+func TestStart_LeavesItsConnectionToTheFirstRequest(t *testing.T) {
+	b := newBench(t)
+	i := b.mustStart(b.revision(nil, server...))
+	c := i.Dialed()
+	if c == nil {
+		t.Fatal("there is no connection")
+	}
+	defer func() { _ = c.Close() }()
+	if again := i.Dialed(); again != nil {
+		t.Error("it is given away twice")
+	}
+	_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+	if _, err := io.WriteString(c, "GET / HTTP/1.0\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	if all, err := io.ReadAll(c); err != nil || !strings.HasSuffix(string(all), "hello\n") {
+		t.Errorf("got %q, %v", all, err)
+	}
+	unused := b.mustStart(b.revision(nil, server...))
+	stopped := b.mustStart(b.revision(nil, server...))
+	if err := b.node.Stop(t.Context(), stopped, "test"); err != nil {
+		t.Fatal(err)
+	}
+	if stopped.Dialed() != nil {
+		t.Error("a connection is left of an instance that is not")
+	}
+	time.Sleep(dialedFor + dialedFor/4)
+	if unused.Dialed() != nil {
+		t.Error("nobody asked for a second, and the connection is still open")
+	}
+	checked := b.mustStart(b.revision(func(s *fleet.Spec) { s.Ready.HTTP = "/" }, server...))
+	if checked.Dialed() != nil {
+		t.Error("the connection of its HTTP check is given away")
+	}
+}
+
 func TestStart_WhatCanGoWrongIsExplained(t *testing.T) {
 	b := newBench(t)
 	quick := func(s *fleet.Spec) { s.Ready.Timeout = fleet.Duration(700 * time.Millisecond) }

@@ -62,7 +62,7 @@ func (i *Instance) awaitReady(ctx context.Context) error {
 		conn, err := dialer.DialContext(ctx, "tcp", addr)
 		if err == nil {
 			if i.rev.Spec.Ready.HTTP == "" {
-				_ = conn.Close()
+				i.offer(conn)
 				return nil
 			}
 			err = i.check(ctx, conn)
@@ -78,6 +78,33 @@ func (i *Instance) awaitReady(ctx context.Context) error {
 		if err := i.pause(ctx, timer, began, last); err != nil {
 			return err
 		}
+	}
+}
+
+// dialedFor is how long the connection that found an instance ready is kept for
+// its first request. An app that serves one connection at a time waits on it.
+const dialedFor = time.Second
+
+func (i *Instance) offer(c net.Conn) {
+	i.mu.Lock()
+	i.dialed = c
+	i.mu.Unlock()
+	time.AfterFunc(dialedFor, i.hangUp)
+}
+
+// Dialed gives away a connection to the instance that nothing has been sent on
+// yet, if there is one: a request that a start was for need not make its own.
+func (i *Instance) Dialed() net.Conn {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	c := i.dialed
+	i.dialed = nil
+	return c
+}
+
+func (i *Instance) hangUp() {
+	if c := i.Dialed(); c != nil {
+		_ = c.Close()
 	}
 }
 

@@ -76,16 +76,6 @@ func (n *Node) Thaw(i *Instance, stages *fleet.Stages) error {
 	}
 	stages.Claim = time.Since(began).Microseconds()
 	n.metrics.started(nil, stages, fleet.StandbyStart)
-	n.watches.Go(func() { // somebody waits for the instance, not for this
-		i.sizing.Lock()
-		defer i.sizing.Unlock()
-		if i.Info().State != fleet.StateReady {
-			return
-		}
-		if err := n.save(i); err != nil {
-			n.cfg.Logger.Warn("save instance", "instance", i.info.ID, "error", err)
-		}
-		n.arm(i)
-	})
+	n.note(i)
 	return nil
 }
