@@ -36,7 +36,7 @@ done
 shift $((OPTIND - 1))
 [ $# = 0 ] || packages=("$@")
 
-for tool in qemu-system-x86_64 cpio go busybox mkfs.ext4 dpkg-deb apt-get; do
+for tool in qemu-system-x86_64 cpio go gcc busybox mkfs.ext4 dpkg-deb apt-get; do
 	command -v $tool >/dev/null || { echo "$tool is missing: run hack/prereqs.sh" >&2; exit 1; }
 done
 
@@ -117,6 +117,9 @@ for p in "${packages[@]}"; do
 		failed+=("$p (does not compile)")
 	elif [ -e "$root/tests/$dir/test" ]; then
 		[ ! -d "$dir/testdata" ] || cp -r "$dir/testdata" "$root/tests/$dir/"
+		for source in "$dir"/testdata/*.c; do # there is no compiler in the machine
+			[ ! -e "$source" ] || gcc -static -O2 -w -o "$root/tests/${source%.c}" "$source"
+		done
 		echo "$dir" >>"$root/tests/list"
 	else
 		echo "v2: $p has no tests"

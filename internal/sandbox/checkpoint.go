@@ -43,6 +43,8 @@ type saved struct {
 	// they go, and so do Links.
 	Ghosts []criu.Ghost `json:"ghosts,omitempty"`
 	Links  []string     `json:"links,omitempty"`
+	// Shared is the memory that processes share.
+	Shared []criu.Shared `json:"shared,omitempty"`
 }
 
 // ghostLimit bounds, in bytes, a file that was deleted and is still open.
@@ -163,6 +165,9 @@ func (c *container) dump(ctx context.Context, dir string) error {
 		return err
 	}
 	if err := criu.Lost(images); err != nil {
+		return err
+	}
+	if about.Shared, err = criu.TakeShared(images); err != nil {
 		return err
 	}
 	text, err := json.Marshal(about)

@@ -52,7 +52,13 @@ func (c *container) restore(ctx context.Context, began time.Time, dir string) er
 	if err := errors.Join(c.announce(), c.placeGhosts(dir, about.Ghosts)); err != nil {
 		return err
 	}
-	hired, err := c.hire(ctx, filepath.Join(dir, imagesDir), about)
+	images := filepath.Join(dir, imagesDir)
+	shared, err := c.lend(ctx, images, about.Shared)
+	if err != nil {
+		return err
+	}
+	defer shared.close()
+	hired, err := c.hire(ctx, images, about, shared)
 	if err != nil {
 		return err
 	}
@@ -81,7 +87,7 @@ func (c *container) restore(ctx context.Context, began time.Time, dir string) er
 		case "setup-namespaces":
 			return c.remountProc(ctx, pid)
 		case "pre-resume":
-			return errors.Join(c.Resize(c.spec.Limits), c.removeGhosts(about))
+			return errors.Join(shared.wait(), c.Resize(c.spec.Limits), c.removeGhosts(about))
 		default:
 			return nil
 		}
@@ -110,9 +116,9 @@ type hire struct {
 }
 
 // hire starts the CRIU that will restore the container.
-func (c *container) hire(ctx context.Context, dir string, about saved) (_ <-chan hire, err error) {
+func (c *container) hire(ctx context.Context, dir string, about saved, shared *loan) (_ <-chan hire, err error) {
 	p := c.p
-	var fds []int
+	var fds []int // its own
 	defer func() {
 		if err != nil {
 			closeAll(fds)
@@ -143,16 +149,117 @@ func (c *container) hire(ctx context.Context, dir string, about saved) (_ <-chan
 		if err != nil {
 			return nil, fmt.Errorf("open log %s: %w", c.spec.Log, err)
 		}
+		opts.InheritFd = append(opts.InheritFd, &rpc.InheritFd{Key: &about.Log, Fd: new(int32(criuFD + len(fds)))}) //nolint:gosec // small
 		fds = append(fds, log)
-		opts.InheritFd = []*rpc.InheritFd{{Key: &about.Log, Fd: new(int32(criuFD + 2))}}
+	}
+	all := slices.Clone(fds)
+	for i, s := range about.Shared {
+		opts.InheritFd = append(opts.InheritFd, &rpc.InheritFd{Key: new(s.Name), Fd: new(int32(criuFD + len(all)))}) //nolint:gosec // small
+		all = append(all, shared.files[i])
 	}
 	hired := make(chan hire, 1)
 	c.n.background.Go(func() {
 		defer closeAll(fds)
-		w, err := c.n.employ(ctx, &errand{sandbox: p, fds: fds})
+		w, err := c.n.employ(ctx, &errand{sandbox: p, fds: all})
 		hired <- hire{w, opts, err}
 	})
 	return hired, nil
+}
+
+// loan is the memory that restored processes will share, in files of memory that
+// are filled beside.
+type loan struct {
+	files  []int
+	filled chan struct{} // closed when err is known
+	err    error
+}
+
+// lend makes the memory that processes share. What fills it is in the
+// container's cgroup, so it is the container's memory that it takes.
+func (c *container) lend(ctx context.Context, images string, shared []criu.Shared) (*loan, error) {
+	l := &loan{filled: make(chan struct{})}
+	var pages []*os.File
+	closePages := func() {
+		for _, f := range pages {
+			_ = f.Close()
+		}
+	}
+	for i := range shared {
+		from, err := shared[i].Open(images)
+		if err != nil {
+			err = fmt.Errorf("%w: %w", ErrUnrestorable, err)
+		} else {
+			pages = append(pages, from)
+			var memory int
+			if memory, err = unix.MemfdCreate(shared[i].Name, unix.MFD_CLOEXEC); err == nil {
+				l.files = append(l.files, memory)
+			}
+		}
+		if err != nil {
+			closePages()
+			closeAll(l.files)
+			return nil, err
+		}
+	}
+	if len(shared) == 0 {
+		close(l.filled)
+		return l, nil
+	}
+	c.n.background.Go(func() {
+		defer close(l.filled)
+		defer closePages()
+		l.err = c.fill(ctx, l.files, pages, shared)
+	})
+	return l, nil
+}
+
+// fill copies the content of shared memory into its files.
+func (c *container) fill(ctx context.Context, files []int, pages []*os.File, shared []criu.Shared) error {
+	fail := func(err error) error { return fmt.Errorf("fill shared memory: %w", err) }
+	ended := make(chan struct{})
+	m, err := c.n.spawnInto(ctx, c.p.group, 0, func(status, bool) { close(ended) })
+	if err != nil {
+		return fail(err)
+	}
+	defer func() {
+		m.close()
+		<-ended
+	}()
+	for i, s := range shared {
+		t := &tape{}
+		t.call("set size", unix.SYS_FTRUNCATE, num(firstFD), num(s.Size))
+		want := int64(0)
+		for _, p := range s.Parts {
+			t.call("seek", unix.SYS_LSEEK, num(firstFD), num(p.Offset), num(unix.SEEK_SET))
+			t.call("copy", unix.SYS_SENDFILE, num(firstFD), num(firstFD+1), num(0), num(p.Length))
+			want += p.Length
+		}
+		t.call("close descriptors", unix.SYS_CLOSE_RANGE, num(firstFD), num(^uint32(0)), num(0))
+		t.done()
+		if err := m.play(ctx, t, files[i], int(pages[i].Fd())); err != nil {
+			return fail(err)
+		}
+		var st unix.Stat_t
+		if err := unix.Fstat(files[i], &st); err != nil {
+			return fail(err)
+		}
+		if st.Size != s.Size || st.Blocks*512 < want {
+			return fail(errors.New("it is not whole"))
+		}
+	}
+	return nil
+}
+
+// wait returns when the files are filled.
+func (l *loan) wait() error {
+	<-l.filled
+	return l.err
+}
+
+// close lets go of the files, which live on where they are mapped.
+func (l *loan) close() {
+	<-l.filled
+	closeAll(l.files)
 }
 
 func readSaved(dir string) (about saved, err error) {

@@ -1,0 +1,181 @@
+package criu
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/fdinfo"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/memfd"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/mm"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/pagemap"
+	"github.com/checkpoint-restore/go-criu/v8/crit/images/regfile"
+	"google.golang.org/protobuf/proto"
+)
+
+const (
+	memfdMagic   = 0x48453499
+	mmMagic      = 0x57492820
+	pagemapMagic = 0x56084025
+)
+
+const (
+	// anonymous is the name that the kernel has for shared memory without one.
+	anonymous = "/dev/zero"
+	// What an image says of a mapping of it (CRIU's VMA_AREA_MEMFD), and of pages
+	// that have content (PE_PRESENT).
+	ofMemory    = 1 << 14
+	pagePresent = 1 << 2
+)
+
+// Shared is memory that processes of an image share. It is restored as a file
+// of memory, which is handed to CRIU as an open file of that name.
+type Shared struct {
+	Name string `json:"name"`
+	Size int64  `json:"size"`
+	// Pages is the image that holds its content: that of each part in turn.
+	Pages string `json:"pages"`
+	Parts []Part `json:"parts"`
+}
+
+// Part of shared memory that has content.
+type Part struct {
+	Offset int64 `json:"offset"`
+	Length int64 `json:"length"`
+}
+
+const (
+	// leastShared is worth the work, in bytes.
+	leastShared = 1 << 20
+	// mostParts fit on a tape.
+	mostParts = 64
+)
+
+// TakeShared takes the larger pieces of anonymous shared memory out of an
+// image's processes: for CRIU, each becomes an ordinary file that they map.
+//
+// CRIU fills shared memory through the mapping of a process that it restores, so each
+// page is a fault: 14 to 45 ms for the 19 MB of PHP's opcache with WordPress in it. To write a
+// file takes less, and goes on beside.
+func TakeShared(dir string) ([]Shared, error) {
+	var all []Shared
+	names := map[uint32]string{} // by CRIU's number of the memory
+	err := edit(filepath.Join(dir, "memfd.img"), memfdMagic, func(b []byte) ([]byte, error) {
+		e := &memfd.MemfdInodeEntry{}
+		if err := proto.Unmarshal(b, e); err != nil || e.GetName() != anonymous || e.GetHugetlbFlag() != 0 || e.GetInodeId() > math.MaxUint32 {
+			return b, err
+		}
+		s, err := readShared(dir, e.GetShmid(), e.GetSize())
+		if err == nil && s.length() >= leastShared && len(s.Parts) <= mostParts {
+			id := uint32(e.GetInodeId()) //nolint:gosec // checked
+			s.Name = fmt.Sprintf("shared-%x", id)
+			names[id] = s.Name
+			all = append(all, s)
+		}
+		return b, err
+	})
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return nil, nil
+	case err != nil || all == nil:
+		return nil, err
+	}
+	taken := map[uint64]bool{} // numbers of files
+	err = edit(filepath.Join(dir, "files.img"), filesMagic, change(func(e *fdinfo.FileEntry) error {
+		name, ok := names[e.GetMemfd().GetInodeId()]
+		if e.GetType() != fdinfo.FdTypes_MEMFD || !ok {
+			return nil
+		}
+		taken[uint64(e.GetId())] = true
+		m := e.Memfd
+		e.Type, e.Memfd = new(fdinfo.FdTypes_REG), nil
+		e.Reg = &regfile.RegFileEntry{Id: m.Id, Flags: m.Flags, Pos: m.Pos, Fown: m.Fown, Name: new("/" + name)}
+		return nil
+	}))
+	if err != nil {
+		return nil, err
+	}
+	processes, err := filepath.Glob(filepath.Join(dir, "mm-*.img"))
+	if err != nil {
+		return nil, fmt.Errorf("read images: %w", err)
+	}
+	for _, name := range processes {
+		err := edit(name, mmMagic, change(func(e *mm.MmEntry) error {
+			for _, v := range e.Vmas {
+				if v.GetStatus()&ofMemory != 0 && taken[v.GetShmid()] {
+					v.Status = new(v.GetStatus() &^ ofMemory)
+				}
+			}
+			return nil
+		}))
+		if err != nil {
+			return nil, err
+		}
+	}
+	return all, nil
+}
+
+// readShared finds out what a piece of shared memory holds.
+func readShared(dir string, id uint32, size uint64) (s Shared, err error) {
+	if size > math.MaxInt64/2 {
+		return s, errors.New("shared memory is too large")
+	}
+	s.Size = int64(size)
+	err = edit(filepath.Join(dir, fmt.Sprintf("pagemap-shmem-%d.img", id)), pagemapMagic, func(b []byte) ([]byte, error) {
+		if s.Pages == "" {
+			head := &pagemap.PagemapHead{}
+			err := proto.Unmarshal(b, head)
+			s.Pages = fmt.Sprintf("pages-%d.img", head.GetPagesId())
+			return b, err
+		}
+		e := &pagemap.PagemapEntry{}
+		if err := proto.Unmarshal(b, e); err != nil || e.GetFlags()&pagePresent == 0 {
+			return b, err
+		}
+		pages := e.GetNrPages()
+		if pages == 0 {
+			pages = uint64(e.GetCompatNrPages())
+		}
+		page := uint64(os.Getpagesize()) //nolint:gosec // not negative
+		if e.GetVaddr() > size || pages > (size-e.GetVaddr())/page {
+			return nil, errors.New("it is damaged")
+		}
+		part := Part{int64(e.GetVaddr()), int64(pages * page)} //nolint:gosec // checked
+		if n := len(s.Parts); n > 0 && s.Parts[n-1].Offset+s.Parts[n-1].Length == part.Offset {
+			s.Parts[n-1].Length += part.Length
+		} else {
+			s.Parts = append(s.Parts, part)
+		}
+		return b, nil
+	})
+	if errors.Is(err, os.ErrNotExist) { // nobody wrote to it
+		return s, nil
+	}
+	return s, err
+}
+
+// length is how much of it has content.
+func (s *Shared) length() (n int64) {
+	for _, p := range s.Parts {
+		n += p.Length
+	}
+	return n
+}
+
+// Open opens the content, and checks that all of it is there.
+func (s *Shared) Open(dir string) (*os.File, error) {
+	if s.Size < 0 || len(s.Parts) > mostParts || s.Pages != filepath.Base(s.Pages) || strings.HasPrefix(s.Pages, ".") {
+		return nil, errors.New("shared memory: it is damaged")
+	}
+	f, err := os.Open(filepath.Join(dir, s.Pages)) //nolint:gosec // ours
+	if err != nil {
+		return nil, fmt.Errorf("read shared memory: %w", err)
+	}
+	if info, err := f.Stat(); err != nil || info.Size() != s.length() {
+		return nil, errors.Join(errors.New("shared memory: it is damaged"), err, f.Close())
+	}
+	return f, nil
+}
