@@ -40,6 +40,7 @@ type Trend struct {
 	cool  time.Duration // for how long less than the limit at rest was enough
 	slow  time.Duration // for how long responses took longer than usual
 	late  time.Duration // for how long others left it less than its rest
+	above time.Duration // for how long its limit has been more than others leave it
 	calm  time.Duration // for how long nothing of this was seen
 	most  [2]int        // instances needed in this and in the last stretch
 	age   time.Duration // of this stretch
@@ -61,6 +62,9 @@ const (
 	lasting = time.Second
 	// catchUp is how soon what waits inside the instances should be done.
 	catchUp = 500 * time.Millisecond
+	// much above what others leave it is a limit that has to be lowered, unless
+	// that passes: what others use differs from moment to moment.
+	much, yielding = 1.15, 500 * time.Millisecond
 	// scarce: with fewer cores unused than this the machine is full.
 	scarce = 0.1
 	// patience: for how long one instance may be slow before it gets a
@@ -128,6 +132,11 @@ func (t *Trend) Add(p Policy, s Sample) {
 		t.late += s.Span
 	} else {
 		t.late = 0
+	}
+	if s.limitOf(p) > much*s.peak(p) {
+		t.above += s.Span
+	} else {
+		t.above = 0
 	}
 	if t.hot > 0 || t.slow > 0 || s.Waiting > 0 {
 		t.calm = 0
@@ -333,7 +342,7 @@ func (t *Trend) limit(p Policy, l Load) (float64, string) {
 		return min(max(2*limit, each/target), peak), CauseCPU
 	case limit > rest && t.cool >= cooling:
 		return max(limit/2, rest), CauseCalm
-	case limit > 1.15*peak:
+	case t.above >= yielding && limit > much*peak:
 		return peak, CauseOthers
 	case limit < rest: // the policy changed
 		return rest, "policy"
@@ -350,7 +359,7 @@ func (t *Trend) look(p Policy, l Load) time.Duration {
 	if l.InFlight+l.Waiting+l.Streams == 0 && t.arrived < 0.5 && l.limitOf(p) <= p.CPU.Rest && t.held() <= 1 {
 		return 0
 	}
-	if t.hot > 0 || t.slow > 0 || t.late > 0 || l.Waiting > 0 {
+	if t.hot > 0 || t.slow > 0 || t.late > 0 || t.above > 0 || l.Waiting > 0 {
 		return firstLook
 	}
 	return min(max(t.calm/4, firstLook), lastLook)

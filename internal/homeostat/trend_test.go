@@ -373,6 +373,38 @@ func TestTrend_TheRestIsKeptOnAFullMachine(t *testing.T) {
 	}
 }
 
+// What others leave an app differs from moment to moment. Its limit follows
+// what lasts.
+func TestTrend_TheLimitDoesNotFollowNoise(t *testing.T) {
+	p := app()
+	p.Max = 1
+	var trend Trend
+	limit, changes := 1.0, 0
+	look := func(ceiling float64) {
+		l := Load{InFlight: 50, Ready: 1, Limit: limit, Spare: 0.4, Ceiling: ceiling}
+		trend.Add(p, Sample{Span: firstLook, Arrived: 1, Answered: 1, Busy: 10 * time.Millisecond, CPU: seconds(limit * firstLook.Seconds()), Load: l})
+		if plan := Decide(p, l, &trend); plan.Limit > 0 {
+			limit, changes = plan.Limit, changes+1
+		}
+	}
+	rnd := rand.New(rand.NewPCG(1, 2))
+	for range 100 {
+		for range 1 + rnd.IntN(30) { // up to 200 ms
+			look(0.7)
+		}
+		look(1)
+	}
+	if changes > 0 {
+		t.Errorf("the limit changed %d times, and is %g", changes, limit)
+	}
+	for range 100 { // 700 ms
+		look(0.7)
+	}
+	if changes != 1 || limit != 0.7 {
+		t.Errorf("after half a second with less the limit is %g, after %d changes", limit, changes)
+	}
+}
+
 // A queue that is gone before a sibling could be there gets none.
 func TestDecide_QueueInProportion(t *testing.T) {
 	p := Policy{Max: 20, Concurrency: 1, CPU: Span[float64]{Rest: 1, Peak: 1}}
