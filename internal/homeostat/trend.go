@@ -133,10 +133,13 @@ func (t *Trend) Add(p Policy, s Sample) {
 	} else {
 		t.late = 0
 	}
-	if s.limitOf(p) > much*s.peak(p) {
-		t.above += s.Span
-	} else {
+	switch {
+	case s.limitOf(p) <= much*s.peak(p):
 		t.above = 0
+	case t.above == 0: // since when is not known
+		t.above = 1
+	default:
+		t.above += s.Span
 	}
 	if t.hot > 0 || t.slow > 0 || s.Waiting > 0 {
 		t.calm = 0

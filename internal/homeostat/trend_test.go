@@ -403,6 +403,13 @@ func TestTrend_TheLimitDoesNotFollowNoise(t *testing.T) {
 	if changes != 1 || limit != 0.7 {
 		t.Errorf("after half a second with less the limit is %g, after %d changes", limit, changes)
 	}
+	// Neither does one look after a long time say that it lasts.
+	calm := Trend{}
+	l := Load{InFlight: 1, Ready: 1, Limit: 1, Spare: 0.4, Ceiling: 0.7}
+	calm.Add(p, Sample{Span: lastLook, Arrived: 1, Answered: 1, Busy: 10 * time.Millisecond, CPU: lastLook / 2, Load: l})
+	if plan := Decide(p, l, &calm); plan.Limit > 0 || plan.Look != firstLook {
+		t.Errorf("at the first sight of less: limit %g, next look after %v", plan.Limit, plan.Look)
+	}
 }
 
 // A queue that is gone before a sibling could be there gets none.

@@ -119,11 +119,16 @@ type Instance struct {
 	mu      sync.Mutex
 	info    fleet.Instance
 	limits  sandbox.Limits
-	disarm  func()        // the memory alarm; nil: there is none
 	stopped chan struct{} // closed when nothing is left of it
-	dialed  net.Conn      // by which it was found to be ready, until somebody uses it
 	// readyAt with its monotonic part: clocks may jump.
 	readyAt time.Time
+	// dialed is the connection that found it ready, until somebody takes it.
+	dialed atomic.Pointer[net.Conn]
+
+	// arming is held while the memory alarm is turned on or off, which may take
+	// the kernel some ms: nobody who waits for the instance waits for it.
+	arming sync.Mutex
+	disarm func() // nil: the alarm is off
 }
 
 // Info is a copy of what is known about the instance.
@@ -381,6 +386,7 @@ func (n *Node) report(i *Instance, cause string, err error) {
 // SIGKILL; nothing is left of it when Stop returns. The caller has taken it out
 // of the route before and waited for what was in flight.
 func (n *Node) Stop(ctx context.Context, i *Instance, cause string) error {
+	i.hangUp()      // a server that ends in good order waits for its connections
 	i.sizing.Lock() // it may be about to be frozen
 	i.frozen = i.Info().State == fleet.StateStandby
 	i.sizing.Unlock()
@@ -439,6 +445,7 @@ func (n *Node) remove(ctx context.Context, i *Instance) (err error) {
 
 func (n *Node) removeOnce(ctx context.Context, i *Instance) error {
 	var err error
+	i.sizing.Lock() // its state may be about to be written
 	if i.box != nil {
 		// A cgroup that will not go is retried by the next Clean; the instance
 		// itself is over.
@@ -446,16 +453,13 @@ func (n *Node) removeOnce(ctx context.Context, i *Instance) error {
 			n.cfg.Logger.Error("destroy instance", "instance", i.info.ID, "error", err)
 		}
 	}
-	i.sizing.Lock() // its state may be about to be written
 	if rerr := os.Remove(n.statePath(i.info.ID)); rerr != nil && !errors.Is(rerr, os.ErrNotExist) {
 		n.cfg.Logger.Warn("remove instance state", "instance", i.info.ID, "error", rerr)
 	}
 	i.sizing.Unlock()
 	i.release()
 	i.hangUp()
-	i.mu.Lock()
 	i.quiet()
-	i.mu.Unlock()
 	_ = i.move(fleet.StateAbsent)
 	n.mu.Lock()
 	delete(n.instances, i.info.ID)
@@ -612,11 +616,11 @@ func (n *Node) arm(i *Instance) {
 	if n.cfg.Pressed == nil {
 		return
 	}
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	i.quiet()
-	limit := i.limits.Memory
-	if limit <= 0 || limit >= i.rev.Spec.Resources.Memory.Peak || i.info.State != fleet.StateReady {
+	i.arming.Lock()
+	defer i.arming.Unlock()
+	i.quietLocked()
+	limit := i.Limits().Memory
+	if limit <= 0 || limit >= i.rev.Spec.Resources.Memory.Peak || i.Info().State != fleet.StateReady {
 		return
 	}
 	stop, err := i.box.Alarm(limit-max(limit/8, 4<<20), func() { n.ring(i, limit) })
@@ -629,8 +633,14 @@ func (n *Node) arm(i *Instance) {
 	i.disarm = stop
 }
 
-// quiet turns the alarm off. The caller holds the lock.
+// quiet turns the alarm off.
 func (i *Instance) quiet() {
+	i.arming.Lock()
+	defer i.arming.Unlock()
+	i.quietLocked()
+}
+
+func (i *Instance) quietLocked() {
 	if i.disarm != nil {
 		i.disarm()
 		i.disarm = nil
@@ -645,9 +655,7 @@ func (n *Node) ring(i *Instance, limit fleet.Bytes) {
 	if i.Limits().Memory > limit {
 		return
 	}
-	i.mu.Lock()
 	i.quiet()
-	i.mu.Unlock()
 	time.AfterFunc(rearm, func() { n.arm(i) })
 }
 

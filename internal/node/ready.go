@@ -86,20 +86,17 @@ func (i *Instance) awaitReady(ctx context.Context) error {
 const dialedFor = time.Second
 
 func (i *Instance) offer(c net.Conn) {
-	i.mu.Lock()
-	i.dialed = c
-	i.mu.Unlock()
+	i.dialed.Store(&c)
 	time.AfterFunc(dialedFor, i.hangUp)
 }
 
 // Dialed gives away a connection to the instance that nothing has been sent on
 // yet, if there is one: a request that a start was for need not make its own.
 func (i *Instance) Dialed() net.Conn {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	c := i.dialed
-	i.dialed = nil
-	return c
+	if c := i.dialed.Swap(nil); c != nil {
+		return *c
+	}
+	return nil
 }
 
 func (i *Instance) hangUp() {

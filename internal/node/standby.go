@@ -38,9 +38,7 @@ func (n *Node) Freeze(ctx context.Context, i *Instance, cause string, inputs map
 		_ = i.move(fleet.StateReady)
 		return errors.Join(err, f.Thaw(), n.save(i))
 	}
-	i.mu.Lock()
 	i.quiet()
-	i.mu.Unlock()
 	if err := f.Reclaim(); err != nil {
 		n.cfg.Logger.Warn("move a standby's memory to swap", "instance", i.info.ID, "error", err)
 	}

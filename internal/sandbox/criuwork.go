@@ -152,6 +152,9 @@ func (n *Native) employ(ctx context.Context, e *errand) (_ *worker, err error) {
 	}
 	// First out of the way of the numbers they get.
 	along := append([]int{fds[1]}, e.fds...)
+	if firstFD+len(fds)+len(along) > parkedFD {
+		return nil, fmt.Errorf("start CRIU: %d descriptors to take along", len(along))
+	}
 	for i, fd := range along {
 		fds = append(fds, fd)
 		t.call("take along", unix.SYS_DUP3, num(firstFD+len(fds)-1), num(parkedFD+i), num(unix.O_CLOEXEC))

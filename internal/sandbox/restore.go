@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -52,6 +53,13 @@ func (c *container) restore(ctx context.Context, began time.Time, dir string) er
 	if err := errors.Join(c.announce(), c.placeGhosts(dir, about.Ghosts)); err != nil {
 		return err
 	}
+	// What CRIU does is ours, so it has no limit of the processor. The others hold
+	// for what it fills.
+	limits := c.spec.Limits
+	limits.CPU = 0
+	if err := c.Resize(limits); err != nil {
+		return err
+	}
 	images := filepath.Join(dir, imagesDir)
 	shared, err := c.lend(ctx, images, about.Shared)
 	if err != nil {
@@ -62,10 +70,7 @@ func (c *container) restore(ctx context.Context, began time.Time, dir string) er
 	if err != nil {
 		return err
 	}
-	// It starts while the root filesystem is made. What it does is ours, so it has
-	// no limit of the processor.
-	limits := c.spec.Limits
-	limits.CPU = 0
+	// It starts while the root filesystem is made.
 	o, err := c.fit(limits)
 	if err == nil {
 		defer o.close()
@@ -170,14 +175,16 @@ func (c *container) hire(ctx context.Context, dir string, about saved, shared *l
 // are filled beside.
 type loan struct {
 	files  []int
-	filled chan struct{} // closed when err is known
+	cancel context.CancelFunc // stops the filling
+	filled chan struct{}      // closed when err is known
 	err    error
 }
 
 // lend makes the memory that processes share. What fills it is in the
 // container's cgroup, so it is the container's memory that it takes.
 func (c *container) lend(ctx context.Context, images string, shared []criu.Shared) (*loan, error) {
-	l := &loan{filled: make(chan struct{})}
+	ctx, cancel := context.WithCancel(ctx)
+	l := &loan{cancel: cancel, filled: make(chan struct{})}
 	var pages []*os.File
 	closePages := func() {
 		for _, f := range pages {
@@ -193,12 +200,14 @@ func (c *container) lend(ctx context.Context, images string, shared []criu.Share
 			var memory int
 			if memory, err = unix.MemfdCreate(shared[i].Name, unix.MFD_CLOEXEC); err == nil {
 				l.files = append(l.files, memory)
+				err = unix.Ftruncate(memory, shared[i].Size) // takes no memory
 			}
 		}
 		if err != nil {
+			cancel()
 			closePages()
 			closeAll(l.files)
-			return nil, err
+			return nil, fmt.Errorf("make shared memory: %w", err)
 		}
 	}
 	if len(shared) == 0 {
@@ -214,20 +223,29 @@ func (c *container) lend(ctx context.Context, images string, shared []criu.Share
 }
 
 // fill copies the content of shared memory into its files.
-func (c *container) fill(ctx context.Context, files []int, pages []*os.File, shared []criu.Shared) error {
+func (c *container) fill(ctx context.Context, files []int, pages []*os.File, shared []criu.Shared) (err error) {
 	fail := func(err error) error { return fmt.Errorf("fill shared memory: %w", err) }
 	ended := make(chan struct{})
 	m, err := c.n.spawnInto(ctx, c.p.group, 0, func(status, bool) { close(ended) })
+	if m != nil {
+		defer func() {
+			m.close()
+			select {
+			case <-ended:
+				return
+			default:
+			}
+			if err != nil { // it may be copying; it is our child, and its number its own until it has ended
+				_ = unix.Kill(m.pid, unix.SIGKILL)
+			}
+			<-ended
+		}()
+	}
 	if err != nil {
 		return fail(err)
 	}
-	defer func() {
-		m.close()
-		<-ended
-	}()
 	for i, s := range shared {
 		t := &tape{}
-		t.call("set size", unix.SYS_FTRUNCATE, num(firstFD), num(s.Size))
 		want := int64(0)
 		for _, p := range s.Parts {
 			t.call("seek", unix.SYS_LSEEK, num(firstFD), num(p.Offset), num(unix.SEEK_SET))
@@ -239,12 +257,9 @@ func (c *container) fill(ctx context.Context, files []int, pages []*os.File, sha
 		if err := m.play(ctx, t, files[i], int(pages[i].Fd())); err != nil {
 			return fail(err)
 		}
-		var st unix.Stat_t
-		if err := unix.Fstat(files[i], &st); err != nil {
-			return fail(err)
-		}
-		if st.Size != s.Size || st.Blocks*512 < want {
-			return fail(errors.New("it is not whole"))
+		// It reads by the same open file as we do.
+		if at, err := pages[i].Seek(0, io.SeekCurrent); err != nil || at != want {
+			return fail(errors.Join(errors.New("it is not whole"), err))
 		}
 	}
 	return nil
@@ -258,6 +273,7 @@ func (l *loan) wait() error {
 
 // close lets go of the files, which live on where they are mapped.
 func (l *loan) close() {
+	l.cancel()
 	<-l.filled
 	closeAll(l.files)
 }

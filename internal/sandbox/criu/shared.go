@@ -17,6 +17,7 @@ import (
 )
 
 const (
+	fdinfoMagic  = 0x56213732
 	memfdMagic   = 0x48453499
 	mmMagic      = 0x57492820
 	pagemapMagic = 0x56084025
@@ -50,8 +51,11 @@ type Part struct {
 const (
 	// leastShared is worth the work, in bytes.
 	leastShared = 1 << 20
-	// mostParts fit on a tape.
+	// mostParts fit on a tape; a part is what one sendfile(2) copies at most.
 	mostParts = 64
+	mostPart  = 1 << 30
+	// mostShared bounds the descriptors that a restore takes.
+	mostShared = 16
 )
 
 // TakeShared takes the larger pieces of anonymous shared memory out of an
@@ -61,15 +65,19 @@ const (
 // page is a fault: 14 to 45 ms for the 19 MB of PHP's opcache with WordPress in it. To write a
 // file takes less, and goes on beside.
 func TakeShared(dir string) ([]Shared, error) {
+	used, err := memoryInUse(dir)
+	if err != nil {
+		return nil, err
+	}
 	var all []Shared
 	names := map[uint32]string{} // by CRIU's number of the memory
-	err := edit(filepath.Join(dir, "memfd.img"), memfdMagic, func(b []byte) ([]byte, error) {
+	err = edit(filepath.Join(dir, "memfd.img"), memfdMagic, func(b []byte) ([]byte, error) {
 		e := &memfd.MemfdInodeEntry{}
-		if err := proto.Unmarshal(b, e); err != nil || e.GetName() != anonymous || e.GetHugetlbFlag() != 0 || e.GetInodeId() > math.MaxUint32 {
+		if err := proto.Unmarshal(b, e); err != nil || e.GetName() != anonymous || e.GetHugetlbFlag() != 0 || e.GetInodeId() > math.MaxUint32 || used[e.GetInodeId()] {
 			return b, err
 		}
 		s, err := readShared(dir, e.GetShmid(), e.GetSize())
-		if err == nil && s.length() >= leastShared && len(s.Parts) <= mostParts {
+		if err == nil && s.length() >= leastShared && len(s.Parts) <= mostParts && len(all) < mostShared {
 			id := uint32(e.GetInodeId()) //nolint:gosec // checked
 			s.Name = fmt.Sprintf("shared-%x", id)
 			names[id] = s.Name
@@ -98,12 +106,12 @@ func TakeShared(dir string) ([]Shared, error) {
 	if err != nil {
 		return nil, err
 	}
-	processes, err := filepath.Glob(filepath.Join(dir, "mm-*.img"))
-	if err != nil {
-		return nil, fmt.Errorf("read images: %w", err)
-	}
+	processes, err := images(dir, "mm-")
 	for _, name := range processes {
-		err := edit(name, mmMagic, change(func(e *mm.MmEntry) error {
+		if err != nil {
+			break
+		}
+		err = edit(name, mmMagic, change(func(e *mm.MmEntry) error {
 			for _, v := range e.Vmas {
 				if v.GetStatus()&ofMemory != 0 && taken[v.GetShmid()] {
 					v.Status = new(v.GetStatus() &^ ofMemory)
@@ -111,11 +119,60 @@ func TakeShared(dir string) ([]Shared, error) {
 			}
 			return nil
 		}))
-		if err != nil {
-			return nil, err
+	}
+	return all, err
+}
+
+// images are the names of an image's files that begin so.
+func images(dir, prefix string) (names []string, err error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, fmt.Errorf("read images: %w", err)
+	}
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), prefix) {
+			names = append(names, filepath.Join(dir, e.Name()))
 		}
 	}
-	return all, nil
+	return names, nil
+}
+
+// memoryInUse are the files of memory that a process has open, by CRIU's
+// numbers of them: a program may call one as the kernel calls memory without a
+// name. One may be on its way from one to another, too: then it is all of them.
+func memoryInUse(dir string) (map[uint64]bool, error) {
+	open := map[uint32]bool{}
+	tables, err := images(dir, "fdinfo-")
+	for _, name := range tables {
+		if err != nil {
+			break
+		}
+		err = edit(name, fdinfoMagic, func(b []byte) ([]byte, error) {
+			e := &fdinfo.FdinfoEntry{}
+			err := proto.Unmarshal(b, e)
+			open[e.GetId()] = true
+			return b, err
+		})
+	}
+	if err != nil {
+		return nil, err
+	}
+	queues, err := images(dir, "sk-queues.img")
+	used := map[uint64]bool{}
+	if err == nil {
+		err = edit(filepath.Join(dir, "files.img"), filesMagic, func(b []byte) ([]byte, error) {
+			e := &fdinfo.FileEntry{}
+			err := proto.Unmarshal(b, e)
+			if m := e.GetMemfd(); m != nil && (open[e.GetId()] || len(queues) > 0) {
+				used[uint64(m.GetInodeId())] = true
+			}
+			return b, err
+		})
+	}
+	if errors.Is(err, os.ErrNotExist) {
+		return used, nil
+	}
+	return used, err
 }
 
 // readShared finds out what a piece of shared memory holds.
@@ -144,7 +201,7 @@ func readShared(dir string, id uint32, size uint64) (s Shared, err error) {
 			return nil, errors.New("it is damaged")
 		}
 		part := Part{int64(e.GetVaddr()), int64(pages * page)} //nolint:gosec // checked
-		if n := len(s.Parts); n > 0 && s.Parts[n-1].Offset+s.Parts[n-1].Length == part.Offset {
+		if n := len(s.Parts); n > 0 && s.Parts[n-1].Offset+s.Parts[n-1].Length == part.Offset && s.Parts[n-1].Length+part.Length <= mostPart {
 			s.Parts[n-1].Length += part.Length
 		} else {
 			s.Parts = append(s.Parts, part)

@@ -123,6 +123,34 @@ func TestTakeShared(t *testing.T) {
 	}
 }
 
+// A file of memory that a process has open, or that is on its way to one, stays
+// what it is, whatever it is called.
+func TestTakeShared_NotWhatIsOpen(t *testing.T) {
+	for name, more := range map[string]func(t *testing.T, dir string){
+		"open": func(t *testing.T, dir string) {
+			write(t, dir+"/fdinfo-3.img", []uint32{imageMagic, fdinfoMagic}, &fdinfo.FdinfoEntry{Id: new(uint32(9)), Flags: new(uint32(0)), Type: new(fdinfo.FdTypes_MEMFD), Fd: new(uint32(5))})
+		},
+		"on its way": func(t *testing.T, dir string) { write(t, dir+"/sk-queues.img", []uint32{imageMagic, 1}) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := sharing(t, &memfd.MemfdInodeEntry{Name: new(anonymous), Size: new(uint64(1024 * page))}, present(0, 256))
+			more(t, dir)
+			if got, err := TakeShared(dir); got != nil || err != nil {
+				t.Errorf("taken: %+v, %v", got, err)
+			}
+		})
+	}
+}
+
+func TestTakeShared_LargePartsAreSeveral(t *testing.T) {
+	const pages = 3 * mostPart / page
+	dir := sharing(t, &memfd.MemfdInodeEntry{Name: new(anonymous), Size: new(uint64(pages * page))}, present(0, pages/3), present(pages/3, pages/3), present(2*pages/3, pages/3))
+	got, err := TakeShared(dir)
+	if want := []Part{{0, mostPart}, {mostPart, mostPart}, {2 * mostPart, mostPart}}; err != nil || len(got) != 1 || !reflect.DeepEqual(got[0].Parts, want) {
+		t.Errorf("got %+v, %v, want %v", got, err, want)
+	}
+}
+
 func TestTakeShared_ThereIsNone(t *testing.T) {
 	if got, err := TakeShared(t.TempDir()); got != nil || err != nil {
 		t.Errorf("got %v, %v", got, err)
