@@ -42,8 +42,10 @@ type fakeNode struct {
 	saved             map[fleet.RevisionID]bool
 	saves             int
 	saving, restoring time.Duration
-	// reading is how long it takes to read an instance's processor time.
+	// reading is how long it takes to read an instance's processor time; unread
+	// is why no number of an instance can be read.
 	reading time.Duration
+	unread  error
 }
 
 type fakeInstance struct {
@@ -65,6 +67,12 @@ func (i *fakeInstance) Limits() sandbox.Limits {
 }
 
 func (i *fakeInstance) Stats() (sandbox.Stats, error) {
+	i.node.mu.Lock()
+	err := i.node.unread
+	i.node.mu.Unlock()
+	if err != nil {
+		return sandbox.Stats{}, err
+	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	return i.stats, nil

@@ -1,9 +1,12 @@
 package control
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -153,6 +156,34 @@ func aCrowd(t *testing.T, after time.Duration) {
 		stop()
 		time.Sleep(time.Minute) // the last look is over
 	})
+}
+
+// What cannot be read is missing, and said once; what else is known decides.
+func TestLoad_NumbersThatCannotBeRead(t *testing.T) {
+	var said bytes.Buffer
+	quiet := func(c *Config) { c.Logger = slog.New(slog.NewTextHandler(&said, nil)) }
+	bubbleWith(t, quiet, func(t *testing.T, k *Control, n *fakeNode) {
+		n.vitals = homeostat.Vitals{Idle: 8, Cores: 8, Memory: 1 << 40}
+		n.unread = errors.New("no such file")
+		spec := scaled("blind")
+		spec.Concurrency = 1
+		a := deploy(k, spec, 1)
+		stop := flood(t, a, 4, 500*time.Millisecond)
+		n.burn(a, 2, 3*time.Second)
+		if _, _, running := n.counts(); running != 4 {
+			t.Errorf("%d instances for four requests at once", running)
+		}
+		a.each(func(_ *member, f *fakeInstance) {
+			if got := f.Limits().CPU; got != 0.3 {
+				t.Errorf("%v cores, though nobody knows what it uses", got)
+			}
+		})
+		stop()
+		time.Sleep(time.Minute)
+	})
+	if got := strings.Count(said.String(), "cannot be read"); got != 1 || !strings.Contains(said.String(), "no such file") {
+		t.Errorf("said %d times: %s", got, said.String())
+	}
 }
 
 func TestLoad_StreamsAreNoSlowResponses(t *testing.T) {

@@ -413,6 +413,34 @@ func TestForward_TheConnectionThatThereIsAlready(t *testing.T) {
 	}
 }
 
+// A request that ends the instance it meets is tried once more, as every GET that
+// has no answer, and not on as many instances as there are.
+func TestForward_NotRepeatedOnTheConnectionThatThereIsAlready(t *testing.T) {
+	f := newFront(t, nil)
+	var seen atomic.Int64
+	in := f.raw(func(c net.Conn) {
+		r := newRawConn(t, c)
+		for r.line() != "" {
+		}
+		seen.Add(1) // read it, then close without a word
+	})
+	offered, err := net.Dial("tcp", in.addr.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	given := false
+	in.upstream = NewAttach(f.cfg)("app.aaaaaaaa", in.addr, func() net.Conn {
+		if given {
+			return nil
+		}
+		given = true
+		return offered
+	})
+	if res, _ := get(t, f.client("h1"), "http://app.test/"); res.StatusCode != http.StatusBadGateway || seen.Load() != 2 {
+		t.Errorf("got %d, the app saw it %d times", res.StatusCode, seen.Load())
+	}
+}
+
 func TestForward_NotRepeatedIfSeen(t *testing.T) {
 	f := newFront(t, nil)
 	var seen atomic.Int64

@@ -88,15 +88,15 @@ func (in *instance) kept(now time.Time) *instanceConn {
 	return c
 }
 
-// dial makes a connection, or takes the one there is already: it may have been
-// closed by the instance meanwhile, as one that was kept.
+// dial makes a connection, or takes the one there is already. It is as good as a
+// new one: what is sent on it is not sent again, because it may be what ended the instance.
 func (in *instance) dial(ctx context.Context) (*instanceConn, error) {
 	if raw := in.dialed(); raw != nil {
 		c, err := in.own(raw)
 		if err != nil {
 			return nil, err
 		}
-		if c.reused = true; c.alive() {
+		if c.alive() {
 			return c, nil
 		}
 		c.close()
