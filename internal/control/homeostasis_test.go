@@ -119,9 +119,7 @@ func TestLoad_LimitsRiseThenSiblingsComeAndCalmBringsAllBack(t *testing.T) {
 // is under way is not left to the next.
 func TestLoad_ACrowdIsSeenAtOnceWheneverItComes(t *testing.T) {
 	for _, after := range []time.Duration{-50 * time.Millisecond, -4 * time.Millisecond, -time.Millisecond, 0, time.Millisecond, 2 * time.Millisecond, 3 * time.Millisecond} {
-		t.Run(after.String(), func(t *testing.T) {
-			aCrowd(t, after)
-		})
+		t.Run(after.String(), func(t *testing.T) { aCrowd(t, after) })
 	}
 }
 
@@ -132,19 +130,18 @@ func aCrowd(t *testing.T, after time.Duration) {
 		a := deploy(k, scaled("calm"), 1)
 		stop := flood(t, a, 1, 100*time.Millisecond)
 		n.burn(a, 0.01, 6*time.Second)
-		a.mu.Lock()
-		next := a.watch.at.Add(a.watch.next)
-		a.mu.Unlock()
-		if left := time.Until(next); left < 10*time.Millisecond {
-			time.Sleep(left + 10*time.Millisecond)
+		next := func() time.Duration {
 			a.mu.Lock()
-			next = a.watch.at.Add(a.watch.next)
-			a.mu.Unlock()
+			defer a.mu.Unlock()
+			return time.Until(a.watch.at.Add(a.watch.next))
 		}
-		if time.Until(next) < 100*time.Millisecond {
-			t.Fatalf("the next look is in %v, want a calm app", time.Until(next))
+		if left := next(); left < 10*time.Millisecond {
+			time.Sleep(left + 10*time.Millisecond)
 		}
-		n.burn(a, 0.01, time.Until(next)+after)
+		if next() < 100*time.Millisecond {
+			t.Fatalf("the next look is in %v, want a calm app", next())
+		}
+		n.burn(a, 0.01, next()+after)
 		crowd := flood(t, a, 8, time.Second)
 		n.burn(a, 2, 30*time.Millisecond)
 		a.each(func(_ *member, f *fakeInstance) {

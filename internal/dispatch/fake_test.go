@@ -341,7 +341,16 @@ func eventually(t testing.TB, what string, ok func() bool) {
 
 func get(t testing.TB, c *http.Client, url string) (*http.Response, string) {
 	t.Helper()
-	res, err := c.Get(url)
+	return do(t, c, http.MethodGet, url)
+}
+
+func do(t testing.TB, c *http.Client, method, url string) (*http.Response, string) {
+	t.Helper()
+	req, err := http.NewRequest(method, url, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	res, err := c.Do(req)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -332,15 +332,8 @@ func TestForward_KeptConnectionClosedByApp(t *testing.T) {
 			})
 			c := f.client("h1")
 			for range 5 {
-				req, _ := http.NewRequest(method, "http://app.test/", nil)
-				res, err := c.Do(req)
-				if err != nil {
-					t.Fatal(err)
-				}
-				b, _ := io.ReadAll(res.Body)
-				_ = res.Body.Close()
-				if res.StatusCode != 200 || string(b) != "ok" {
-					t.Fatalf("got %d %q", res.StatusCode, b)
+				if res, body := do(t, c, method, "http://app.test/"); res.StatusCode != 200 || body != "ok" {
+					t.Fatalf("got %d %q", res.StatusCode, body)
 				}
 				<-closed
 			}
@@ -389,15 +382,8 @@ func TestForward_TheConnectionThatThereIsAlready(t *testing.T) {
 				})
 				c := f.client("h1")
 				for range 2 {
-					req, _ := http.NewRequest(method, "http://app.test/", nil)
-					res, err := c.Do(req)
-					if err != nil {
-						t.Fatal(err)
-					}
-					b, _ := io.ReadAll(res.Body)
-					_ = res.Body.Close()
-					if res.StatusCode != 200 || string(b) != "ok" {
-						t.Fatalf("got %d %q", res.StatusCode, b)
+					if res, body := do(t, c, method, "http://app.test/"); res.StatusCode != 200 || body != "ok" {
+						t.Fatalf("got %d %q", res.StatusCode, body)
 					}
 				}
 				more := 0

@@ -58,13 +58,15 @@ func (o *outfit) close() {
 	}
 }
 
-// fit sets limits and makes the root filesystem of the container's spec.
-func (c *container) fit(limits Limits) (_ *outfit, err error) {
+// limit sets the limits that the container begins with.
+func (c *container) limit(limits Limits) error {
+	c.n.usual.Store(&usual{limits, int64(c.spec.Disk)})
+	return c.Resize(limits)
+}
+
+// fit makes the root filesystem of the container's spec.
+func (c *container) fit() (_ *outfit, err error) {
 	p, spec := c.p, &c.spec
-	c.n.usual.Store(&usual{limits, int64(spec.Disk)})
-	if err := c.Resize(limits); err != nil {
-		return nil, err
-	}
 	o := &outfit{tape: &tape{}}
 	defer func() {
 		if err != nil {
@@ -124,7 +126,10 @@ type usual struct {
 // root filesystem, identity and program.
 func (c *container) become(ctx context.Context, began time.Time) error {
 	p, spec := c.p, &c.spec
-	o, err := c.fit(spec.Limits)
+	if err := c.limit(spec.Limits); err != nil {
+		return err
+	}
+	o, err := c.fit()
 	if err != nil {
 		return err
 	}

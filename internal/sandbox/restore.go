@@ -57,7 +57,7 @@ func (c *container) restore(ctx context.Context, began time.Time, dir string) er
 	// for what it fills.
 	limits := c.spec.Limits
 	limits.CPU = 0
-	if err := c.Resize(limits); err != nil {
+	if err := c.limit(limits); err != nil {
 		return err
 	}
 	images := filepath.Join(dir, imagesDir)
@@ -71,7 +71,7 @@ func (c *container) restore(ctx context.Context, began time.Time, dir string) er
 		return err
 	}
 	// It starts while the root filesystem is made.
-	o, err := c.fit(limits)
+	o, err := c.fit()
 	if err == nil {
 		defer o.close()
 		o.tape.done()
@@ -174,7 +174,8 @@ func (c *container) hire(ctx context.Context, dir string, about saved, shared *l
 // loan is the memory that restored processes will share, in files of memory that
 // are filled beside.
 type loan struct {
-	files  []int
+	files  []int              // of memory
+	pages  []*os.File         // what goes there
 	cancel context.CancelFunc // stops the filling
 	filled chan struct{}      // closed when err is known
 	err    error
@@ -185,28 +186,10 @@ type loan struct {
 func (c *container) lend(ctx context.Context, images string, shared []criu.Shared) (*loan, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	l := &loan{cancel: cancel, filled: make(chan struct{})}
-	var pages []*os.File
-	closePages := func() {
-		for _, f := range pages {
-			_ = f.Close()
-		}
-	}
 	for i := range shared {
-		from, err := shared[i].Open(images)
-		if err != nil {
-			err = fmt.Errorf("%w: %w", ErrUnrestorable, err)
-		} else {
-			pages = append(pages, from)
-			var memory int
-			if memory, err = unix.MemfdCreate(shared[i].Name, unix.MFD_CLOEXEC); err == nil {
-				l.files = append(l.files, memory)
-				err = unix.Ftruncate(memory, shared[i].Size) // takes no memory
-			}
-		}
-		if err != nil {
-			cancel()
-			closePages()
-			closeAll(l.files)
+		if err := l.add(images, &shared[i]); err != nil {
+			close(l.filled)
+			l.close()
 			return nil, fmt.Errorf("make shared memory: %w", err)
 		}
 	}
@@ -216,14 +199,28 @@ func (c *container) lend(ctx context.Context, images string, shared []criu.Share
 	}
 	c.n.background.Go(func() {
 		defer close(l.filled)
-		defer closePages()
-		l.err = c.fill(ctx, l.files, pages, shared)
+		l.err = c.fill(ctx, l, shared)
 	})
 	return l, nil
 }
 
+// add makes one file of memory, with nothing in it.
+func (l *loan) add(images string, s *criu.Shared) error {
+	pages, err := s.Open(images)
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrUnrestorable, err)
+	}
+	l.pages = append(l.pages, pages)
+	memory, err := unix.MemfdCreate(s.Name, unix.MFD_CLOEXEC)
+	if err != nil {
+		return err
+	}
+	l.files = append(l.files, memory)
+	return unix.Ftruncate(memory, s.Size) // takes no memory
+}
+
 // fill copies the content of shared memory into its files.
-func (c *container) fill(ctx context.Context, files []int, pages []*os.File, shared []criu.Shared) (err error) {
+func (c *container) fill(ctx context.Context, l *loan, shared []criu.Shared) (err error) {
 	fail := func(err error) error { return fmt.Errorf("fill shared memory: %w", err) }
 	ended := make(chan struct{})
 	m, err := c.n.spawnInto(ctx, c.p.group, 0, func(status, bool) { close(ended) })
@@ -246,19 +243,17 @@ func (c *container) fill(ctx context.Context, files []int, pages []*os.File, sha
 	}
 	for i, s := range shared {
 		t := &tape{}
-		want := int64(0)
 		for _, p := range s.Parts {
 			t.call("seek", unix.SYS_LSEEK, num(firstFD), num(p.Offset), num(unix.SEEK_SET))
 			t.call("copy", unix.SYS_SENDFILE, num(firstFD), num(firstFD+1), num(0), num(p.Length))
-			want += p.Length
 		}
 		t.call("close descriptors", unix.SYS_CLOSE_RANGE, num(firstFD), num(^uint32(0)), num(0))
 		t.done()
-		if err := m.play(ctx, t, files[i], int(pages[i].Fd())); err != nil {
+		if err := m.play(ctx, t, l.files[i], int(l.pages[i].Fd())); err != nil {
 			return fail(err)
 		}
 		// It reads by the same open file as we do.
-		if at, err := pages[i].Seek(0, io.SeekCurrent); err != nil || at != want {
+		if at, err := l.pages[i].Seek(0, io.SeekCurrent); err != nil || at != s.Length() {
 			return fail(errors.Join(errors.New("it is not whole"), err))
 		}
 	}
@@ -276,6 +271,9 @@ func (l *loan) close() {
 	l.cancel()
 	<-l.filled
 	closeAll(l.files)
+	for _, f := range l.pages {
+		_ = f.Close()
+	}
 }
 
 func readSaved(dir string) (about saved, err error) {

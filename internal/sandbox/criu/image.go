@@ -88,16 +88,12 @@ func Lost(dir string) error {
 		}
 	}
 	file := ""
-	err = edit(filepath.Join(dir, "files.img"), filesMagic, func(b []byte) ([]byte, error) {
-		e := &fdinfo.FileEntry{}
-		if err := proto.Unmarshal(b, e); err != nil {
-			return nil, err
-		}
+	err = edit(filepath.Join(dir, "files.img"), filesMagic, look(func(e *fdinfo.FileEntry) error {
 		if name := e.GetReg().GetName(); strings.HasPrefix(name, "/dev/shm/") {
 			file = name
 		}
-		return b, nil
-	})
+		return nil
+	}))
 	if err == nil && file != "" {
 		err = lost(file)
 	}
@@ -152,6 +148,37 @@ func change[T any, P interface {
 		}
 		return proto.Marshal(e)
 	}
+}
+
+// look reads one entry of a kind, and leaves it as it is.
+func look[T any, P interface {
+	*T
+	proto.Message
+}](f func(P) error) func([]byte) ([]byte, error) {
+	return func(b []byte) ([]byte, error) {
+		e := P(new(T))
+		if err := proto.Unmarshal(b, e); err != nil {
+			return nil, err
+		}
+		return b, f(e)
+	}
+}
+
+// editAll edits the images whose names begin so.
+func editAll(dir, prefix string, magic uint32, f func(entry []byte) ([]byte, error)) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("read images: %w", err)
+	}
+	for _, e := range entries {
+		if !strings.HasPrefix(e.Name(), prefix) {
+			continue
+		}
+		if err := edit(filepath.Join(dir, e.Name()), magic, f); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // edit puts other entries in the place of those of an image file: a list of

@@ -43,16 +43,12 @@ func TakeGhosts(dir, into string) (ghosts []Ghost, links []string, err error) {
 	files := filepath.Join(dir, "files.img")
 	// The names of files by their numbers, as far as they are needed.
 	names := map[uint32]string{}
-	err = edit(files, filesMagic, func(b []byte) ([]byte, error) {
-		e := &fdinfo.FileEntry{}
-		if err := proto.Unmarshal(b, e); err != nil {
-			return nil, err
-		}
+	err = edit(files, filesMagic, look(func(e *fdinfo.FileEntry) error {
 		if e.Reg != nil {
 			names[e.GetId()] = e.Reg.GetName()
 		}
-		return b, nil
-	})
+		return nil
+	}))
 	if err != nil {
 		return nil, nil, err
 	}

@@ -65,34 +65,34 @@ const (
 // page is a fault: 14 to 45 ms for the 19 MB of PHP's opcache with WordPress in it. To write a
 // file takes less, and goes on beside.
 func TakeShared(dir string) ([]Shared, error) {
-	used, err := memoryInUse(dir)
+	inodes, files := filepath.Join(dir, "memfd.img"), filepath.Join(dir, "files.img")
+	if _, err := os.Stat(inodes); errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	used, err := memoryInUse(dir, files)
 	if err != nil {
 		return nil, err
 	}
 	var all []Shared
 	names := map[uint32]string{} // by CRIU's number of the memory
-	err = edit(filepath.Join(dir, "memfd.img"), memfdMagic, func(b []byte) ([]byte, error) {
-		e := &memfd.MemfdInodeEntry{}
-		if err := proto.Unmarshal(b, e); err != nil || e.GetName() != anonymous || e.GetHugetlbFlag() != 0 || e.GetInodeId() > math.MaxUint32 || used[e.GetInodeId()] {
-			return b, err
+	err = edit(inodes, memfdMagic, look(func(e *memfd.MemfdInodeEntry) error {
+		if e.GetName() != anonymous || e.GetHugetlbFlag() != 0 || e.GetInodeId() > math.MaxUint32 || used[e.GetInodeId()] {
+			return nil
 		}
 		s, err := readShared(dir, e.GetShmid(), e.GetSize())
-		if err == nil && s.length() >= leastShared && len(s.Parts) <= mostParts && len(all) < mostShared {
+		if err == nil && s.Length() >= leastShared && len(s.Parts) <= mostParts && len(all) < mostShared {
 			id := uint32(e.GetInodeId()) //nolint:gosec // checked
 			s.Name = fmt.Sprintf("shared-%x", id)
 			names[id] = s.Name
 			all = append(all, s)
 		}
-		return b, err
-	})
-	switch {
-	case errors.Is(err, os.ErrNotExist):
-		return nil, nil
-	case err != nil || all == nil:
+		return err
+	}))
+	if err != nil || all == nil {
 		return nil, err
 	}
 	taken := map[uint64]bool{} // numbers of files
-	err = edit(filepath.Join(dir, "files.img"), filesMagic, change(func(e *fdinfo.FileEntry) error {
+	err = edit(files, filesMagic, change(func(e *fdinfo.FileEntry) error {
 		name, ok := names[e.GetMemfd().GetInodeId()]
 		if e.GetType() != fdinfo.FdTypes_MEMFD || !ok {
 			return nil
@@ -106,73 +106,37 @@ func TakeShared(dir string) ([]Shared, error) {
 	if err != nil {
 		return nil, err
 	}
-	processes, err := images(dir, "mm-")
-	for _, name := range processes {
-		if err != nil {
-			break
-		}
-		err = edit(name, mmMagic, change(func(e *mm.MmEntry) error {
-			for _, v := range e.Vmas {
-				if v.GetStatus()&ofMemory != 0 && taken[v.GetShmid()] {
-					v.Status = new(v.GetStatus() &^ ofMemory)
-				}
+	return all, editAll(dir, "mm-", mmMagic, change(func(e *mm.MmEntry) error {
+		for _, v := range e.Vmas {
+			if v.GetStatus()&ofMemory != 0 && taken[v.GetShmid()] {
+				v.Status = new(v.GetStatus() &^ ofMemory)
 			}
-			return nil
-		}))
-	}
-	return all, err
-}
-
-// images are the names of an image's files that begin so.
-func images(dir, prefix string) (names []string, err error) {
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return nil, fmt.Errorf("read images: %w", err)
-	}
-	for _, e := range entries {
-		if strings.HasPrefix(e.Name(), prefix) {
-			names = append(names, filepath.Join(dir, e.Name()))
 		}
-	}
-	return names, nil
+		return nil
+	}))
 }
 
 // memoryInUse are the files of memory that a process has open, by CRIU's
 // numbers of them: a program may call one as the kernel calls memory without a
 // name. One may be on its way from one to another, too: then it is all of them.
-func memoryInUse(dir string) (map[uint64]bool, error) {
+func memoryInUse(dir, files string) (map[uint64]bool, error) {
 	open := map[uint32]bool{}
-	tables, err := images(dir, "fdinfo-")
-	for _, name := range tables {
-		if err != nil {
-			break
-		}
-		err = edit(name, fdinfoMagic, func(b []byte) ([]byte, error) {
-			e := &fdinfo.FdinfoEntry{}
-			err := proto.Unmarshal(b, e)
-			open[e.GetId()] = true
-			return b, err
-		})
-	}
+	err := editAll(dir, "fdinfo-", fdinfoMagic, look(func(e *fdinfo.FdinfoEntry) error {
+		open[e.GetId()] = true
+		return nil
+	}))
 	if err != nil {
 		return nil, err
 	}
-	queues, err := images(dir, "sk-queues.img")
+	_, err = os.Stat(filepath.Join(dir, "sk-queues.img"))
+	onTheWay := !errors.Is(err, os.ErrNotExist)
 	used := map[uint64]bool{}
-	if err == nil {
-		err = edit(filepath.Join(dir, "files.img"), filesMagic, func(b []byte) ([]byte, error) {
-			e := &fdinfo.FileEntry{}
-			err := proto.Unmarshal(b, e)
-			if m := e.GetMemfd(); m != nil && (open[e.GetId()] || len(queues) > 0) {
-				used[uint64(m.GetInodeId())] = true
-			}
-			return b, err
-		})
-	}
-	if errors.Is(err, os.ErrNotExist) {
-		return used, nil
-	}
-	return used, err
+	return used, edit(files, filesMagic, look(func(e *fdinfo.FileEntry) error {
+		if m := e.GetMemfd(); m != nil && (open[e.GetId()] || onTheWay) {
+			used[uint64(m.GetInodeId())] = true
+		}
+		return nil
+	}))
 }
 
 // readShared finds out what a piece of shared memory holds.
@@ -214,8 +178,8 @@ func readShared(dir string, id uint32, size uint64) (s Shared, err error) {
 	return s, err
 }
 
-// length is how much of it has content.
-func (s *Shared) length() (n int64) {
+// Length is how much of it has content.
+func (s *Shared) Length() (n int64) {
 	for _, p := range s.Parts {
 		n += p.Length
 	}
@@ -231,7 +195,7 @@ func (s *Shared) Open(dir string) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read shared memory: %w", err)
 	}
-	if info, err := f.Stat(); err != nil || info.Size() != s.length() {
+	if info, err := f.Stat(); err != nil || info.Size() != s.Length() {
 		return nil, errors.Join(errors.New("shared memory: it is damaged"), err, f.Close())
 	}
 	return f, nil
