@@ -9,7 +9,7 @@ import (
 )
 
 // keyFormat changes when checkpoints of earlier programs are not to be used.
-const keyFormat = 2
+const keyFormat = 3
 
 // identity is what the processes of a checkpoint depend on. An empty list is
 // none, as in the store's JSON: a key is the same before and after a restart.

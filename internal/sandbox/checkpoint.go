@@ -107,7 +107,9 @@ func (c *container) await(ctx context.Context, o Capture) error {
 		c.n.background.Go(func() {
 			err := o.Ready(ctx, address)
 			if err == nil && o.Warm != nil {
-				err = o.Warm(ctx, address)
+				if err = o.Warm(ctx, address); err == nil {
+					err = c.rest(ctx, o.Rest)
+				}
 			}
 			ready <- err
 		})
@@ -131,6 +133,38 @@ func (c *container) await(ctx context.Context, o Capture) error {
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
+}
+
+// rest returns when the container was left alone for a while, and is idle. What a
+// program does when nobody has asked it for some seconds (V8 collects garbage twice)
+// would be done by each restored sibling otherwise, and at once: its timers are due.
+func (c *container) rest(ctx context.Context, least time.Duration) error {
+	wait := func(d time.Duration) error {
+		select {
+		case <-time.After(d):
+			return nil
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	if err := wait(least); err != nil {
+		return err
+	}
+	look := least / 10
+	for range 20 { // twice as long again
+		before, err := c.CPU()
+		if err == nil {
+			err = wait(look)
+		}
+		if err != nil {
+			return err
+		}
+		after, err := c.CPU()
+		if err != nil || after.CPUTime-before.CPUTime <= look/100 {
+			return err
+		}
+	}
+	return nil
 }
 
 // settle is how long a program that answers is left alone before it is saved:
@@ -168,6 +202,9 @@ func (c *container) dump(ctx context.Context, dir string) error {
 		return err
 	}
 	if about.Shared, err = criu.TakeShared(images); err != nil {
+		return err
+	}
+	if err := criu.Populate(images); err != nil {
 		return err
 	}
 	text, err := json.Marshal(about)

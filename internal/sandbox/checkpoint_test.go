@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -264,6 +265,44 @@ func TestCheckpoint_OfEveryShape(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// A program that was asked once is saved when it has done what it does after that.
+func TestCheckpoint_WarmProgramsRestBefore(t *testing.T) {
+	n := openForCheckpoints(t)
+	shared := t.TempDir()
+	spec := testSpec(busyboxRoot(t), filepath.Join(t.TempDir(), "log"),
+		"until [ -e /shared/asked ]; do sleep 0.05; done; sleep 0.5; timeout 1 sh -c 'while :; do :; done'; touch /collected; exec busybox httpd -f -p 8080 -h /")
+	spec.Mounts = []Mount{{Source: shared, Target: "/shared", Readonly: true}}
+	asked := false
+	o := Capture{Port: 8080, Rest: time.Second, Ready: func(context.Context, netip.Addr) error { return nil }}
+	o.Warm = func(context.Context, netip.Addr) error {
+		asked = true
+		return os.WriteFile(filepath.Join(shared, "asked"), nil, 0o600)
+	}
+	dir := t.TempDir()
+	if err := n.Checkpoint(t.Context(), spec, o, dir); err != nil {
+		t.Fatal(err)
+	}
+	c, err := n.Restore(t.Context(), another(t, spec, "warm"), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer destroy(t, c)
+	if within(t, c, "ls /collected"); !asked {
+		t.Error("it was not asked")
+	}
+	// Whoever has no more time is heard while it rests.
+	ctx, cancel := context.WithCancelCause(t.Context())
+	gone := errors.New("the app is deleted")
+	o.Rest = time.Hour
+	o.Warm = func(context.Context, netip.Addr) error {
+		time.AfterFunc(100*time.Millisecond, func() { cancel(gone) })
+		return nil
+	}
+	if err := n.Checkpoint(ctx, another(t, spec, "gone"), o, t.TempDir()); !errors.Is(err, gone) {
+		t.Errorf("got %v", err)
 	}
 }
 

@@ -257,6 +257,9 @@ type Capture struct {
 	// Warm is called when it answers, and its processes are saved after that
 	// instead of as they begin to listen. nil: they are not warmed.
 	Warm func(ctx context.Context, address netip.Addr) error
+	// Rest is how long processes that were warmed are left alone before they are
+	// saved, and up to three times as long if they are busy still.
+	Rest time.Duration
 }
 
 // RestoredFile is where a restored program finds what is new about it, a JSON

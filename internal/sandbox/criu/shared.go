@@ -145,37 +145,58 @@ func readShared(dir string, id uint32, size uint64) (s Shared, err error) {
 		return s, errors.New("shared memory is too large")
 	}
 	s.Size = int64(size)
-	err = edit(filepath.Join(dir, fmt.Sprintf("pagemap-shmem-%d.img", id)), pagemapMagic, func(b []byte) ([]byte, error) {
-		if s.Pages == "" {
-			head := &pagemap.PagemapHead{}
-			err := proto.Unmarshal(b, head)
-			s.Pages = fmt.Sprintf("pages-%d.img", head.GetPagesId())
+	pages, runs, err := readPagemap(filepath.Join(dir, fmt.Sprintf("pagemap-shmem-%d.img", id)), size)
+	if errors.Is(err, os.ErrNotExist) { // nobody wrote to it
+		return s, nil
+	}
+	s.Pages = fmt.Sprintf("pages-%d.img", pages)
+	for _, r := range runs {
+		for at := r.start; at < r.end; {
+			length := min(r.end-at, mostPart)
+			s.Parts = append(s.Parts, Part{int64(at), int64(length)}) //nolint:gosec // checked
+			at += length
+		}
+	}
+	return s, err
+}
+
+// run is a range of addresses whose pages have content.
+type run struct{ start, end uint64 }
+
+// readPagemap reads where memory of a size has content, in order of addresses, and
+// the number of the image that holds it.
+func readPagemap(name string, size uint64) (pages uint32, runs []run, err error) {
+	head, page := true, uint64(os.Getpagesize()) //nolint:gosec // not negative
+	err = edit(name, pagemapMagic, func(b []byte) ([]byte, error) {
+		if head {
+			h := &pagemap.PagemapHead{}
+			err := proto.Unmarshal(b, h)
+			head, pages = false, h.GetPagesId()
 			return b, err
 		}
 		e := &pagemap.PagemapEntry{}
 		if err := proto.Unmarshal(b, e); err != nil || e.GetFlags()&pagePresent == 0 {
 			return b, err
 		}
-		pages := e.GetNrPages()
-		if pages == 0 {
-			pages = uint64(e.GetCompatNrPages())
+		count, start := e.GetNrPages(), e.GetVaddr()
+		if count == 0 {
+			count = uint64(e.GetCompatNrPages())
 		}
-		page := uint64(os.Getpagesize()) //nolint:gosec // not negative
-		if e.GetVaddr() > size || pages > (size-e.GetVaddr())/page {
+		last := uint64(0)
+		if len(runs) > 0 {
+			last = runs[len(runs)-1].end
+		}
+		if start < last || start > size || count > (size-start)/page {
 			return nil, errors.New("it is damaged")
 		}
-		part := Part{int64(e.GetVaddr()), int64(pages * page)} //nolint:gosec // checked
-		if n := len(s.Parts); n > 0 && s.Parts[n-1].Offset+s.Parts[n-1].Length == part.Offset && s.Parts[n-1].Length+part.Length <= mostPart {
-			s.Parts[n-1].Length += part.Length
+		if end := start + count*page; start == last && len(runs) > 0 {
+			runs[len(runs)-1].end = end
 		} else {
-			s.Parts = append(s.Parts, part)
+			runs = append(runs, run{start, end})
 		}
 		return b, nil
 	})
-	if errors.Is(err, os.ErrNotExist) { // nobody wrote to it
-		return s, nil
-	}
-	return s, err
+	return pages, runs, err
 }
 
 // Length is how much of it has content.
