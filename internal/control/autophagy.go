@@ -56,7 +56,11 @@ func (k *Control) autophagy() {
 			h.Rooms = k.ledger.rooms()
 			if starving = !h.None(); starving {
 				pace = gulp
-				k.digest(now, k.ledger.parties(), h, v)
+				if n := k.savings.giveUp(); n > 0 { // the first that it can do without
+					k.cfg.Logger.Info("the machine starves: checkpoints that were being made are given up", "checkpoints", n)
+				} else {
+					k.digest(now, k.ledger.parties(), h, v)
+				}
 			}
 		}
 		switch {

@@ -73,8 +73,10 @@ type Node interface {
 	// Thaw undoes it, and adds to the stages how long it took.
 	Thaw(i Instance, stages *fleet.Stages) error
 	// Save makes a checkpoint of a revision, unless there is one or it was
-	// tried in vain, and gives its size in bytes; 0: there is none.
-	Save(ctx context.Context, rev fleet.Revision, cause string, inputs map[string]float64) int64
+	// tried in vain, and gives its size in bytes; 0: there is none. Before it starts
+	// anything it asks for room, and does not when there is none; what it got it
+	// gives back.
+	Save(ctx context.Context, rev fleet.Revision, cause string, inputs map[string]float64, room func() (free func(), ok bool)) int64
 	// Vitals of the machine at present.
 	Vitals() homeostat.Vitals
 }
@@ -112,6 +114,7 @@ type Control struct {
 	holding atomic.Int64 // apps that have some
 	ledger  *ledger
 	larder  *larder
+	savings savings
 	unread  sync.Once
 	vitals  atomic.Pointer[homeostat.Vitals] // as last felt
 	active  atomic.Int64                     // apps that are looked at, for they have traffic

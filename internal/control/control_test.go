@@ -182,7 +182,12 @@ func (n *fakeNode) Start(ctx context.Context, o Order) (Instance, error) {
 	return i, nil
 }
 
-func (n *fakeNode) Save(ctx context.Context, rev fleet.Revision, _ string, _ map[string]float64) int64 {
+func (n *fakeNode) Save(ctx context.Context, rev fleet.Revision, _ string, _ map[string]float64, room func() (func(), bool)) int64 {
+	free, ok := room()
+	if !ok {
+		return 0
+	}
+	defer free()
 	n.mu.Lock()
 	n.saves++
 	took := n.saving

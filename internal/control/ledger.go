@@ -219,6 +219,23 @@ func (g *ledger) started(a *App) {
 func (g *ledger) adopted(a *App, claim homeostat.Claim, priority int) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	g.count(a, claim, priority)
+}
+
+// spare counts what nobody waits for, if there is room for it that nobody else
+// wants. It is no start, so it takes nobody's turn.
+func (g *ledger) spare(a *App, claim homeostat.Claim, priority int) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if len(g.queue) > 0 || !g.room(claim) {
+		return false
+	}
+	g.count(a, claim, priority)
+	return true
+}
+
+// count one more that is no start. The caller holds the lock.
+func (g *ledger) count(a *App, claim homeostat.Claim, priority int) {
 	acc := g.account(a, priority)
 	acc.instances++
 	acc.claimed = acc.claimed.Add(claim, 1)

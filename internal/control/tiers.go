@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"sync"
 	"time"
 
 	"github.com/fastcontainer/fastcontainer/internal/fleet"
@@ -169,8 +170,9 @@ func (a *App) keepStart(inst Instance) {
 }
 
 // save has the processes of the app's revision saved, if the machine has room
-// for one more instance. It is given up when the app is removed, so that nothing
-// is saved after what was saved is deleted.
+// for one more instance that nobody else wants. It is given up when the machine
+// starves, and when the app is removed, so that nothing is saved after what was
+// saved is deleted.
 func (a *App) save() {
 	a.mu.Lock()
 	rev, claim, priority := a.rev, a.claim(), a.policy.Priority
@@ -180,9 +182,18 @@ func (a *App) save() {
 	a.births.giveUp = cancel
 	a.mu.Unlock()
 	bytes := int64(0)
-	if !over && a.k.ledger.admit(ctx, a, claim, priority) == nil {
-		bytes = a.k.cfg.Node.Save(ctx, rev, causeSlow, map[string]float64{"cold_ms": cold.Usual.Seconds() * 1e3, "starts": float64(cold.Starts)})
-		a.k.ledger.ended(a, claim, true)
+	if !over {
+		inputs := map[string]float64{"cold_ms": cold.Usual.Seconds() * 1e3, "starts": float64(cold.Starts)}
+		bytes = a.k.cfg.Node.Save(ctx, rev, causeSlow, inputs, func() (func(), bool) {
+			if !a.k.ledger.spare(a, claim, priority) {
+				return nil, false
+			}
+			a.k.savings.begin(a, cancel)
+			return func() {
+				a.k.savings.end(a)
+				a.k.ledger.ended(a, claim, false)
+			}, true
+		})
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -190,6 +201,40 @@ func (a *App) save() {
 	if rev.ID == a.rev.ID && bytes > 0 {
 		a.births.restored.disk = bytes
 	}
+}
+
+// savings are the checkpoints that are being made, and what ends them.
+type savings struct {
+	mu  sync.Mutex
+	all map[*App]context.CancelFunc
+}
+
+func (s *savings) begin(a *App, giveUp context.CancelFunc) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.all == nil {
+		s.all = map[*App]context.CancelFunc{}
+	}
+	s.all[a] = giveUp
+}
+
+func (s *savings) end(a *App) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.all, a)
+}
+
+// giveUp ends all of them, and tells how many there were. Each is made another
+// time, after a start of its app.
+func (s *savings) giveUp() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := len(s.all)
+	for _, giveUp := range s.all {
+		giveUp()
+	}
+	clear(s.all)
+	return n
 }
 
 // savePolicy of an app. Siblings from one image begin with the same memory, and so

@@ -180,3 +180,43 @@ func TestTiers_WhoIsNotSaved(t *testing.T) {
 		})
 	}
 }
+
+// Saving is what a machine does when it has nothing better to do.
+func TestTiers_SavingYields(t *testing.T) {
+	for name, c := range map[string]struct {
+		change func(*Config)
+		saved  bool // in the end
+	}{
+		"there is room":                 {small(3), true},
+		"there is none":                 {small(1), false},
+		"somebody needs the room":       {small(2), false},
+		"one start at a time":           {func(c *Config) { c.Starts = 1 }, true},
+		"the machine lacks processors":  {func(c *Config) { small(3)(c); c.Capacity.CPU = 1 }, false},
+		"the machine has no bounds set": {func(*Config) {}, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubbleWith(t, c.change, func(t *testing.T, k *Control, n *fakeNode) {
+				n.took, n.saving, n.saved = time.Second, time.Minute, map[fleet.RevisionID]bool{}
+				slow, other := savedSpec("slow", fleet.StartAuto), testSpec("other")
+				for _, s := range []*fleet.Spec{&slow, &other} {
+					s.Resources.CPU, s.Resources.Memory = fleet.CPU{Rest: .4, Peak: .4}, fleet.Memory{Rest: 64 * mib, Peak: 64 * mib}
+				}
+				slow.Idle = fleet.Duration(time.Hour)
+				visit(t, deploy(k, slow, 1))
+				time.Sleep(10 * time.Second) // it is being saved
+				if name != "there is none" {
+					if d := visit(t, deploy(k, other, 1)); d > 1200*time.Millisecond {
+						t.Errorf("the other app's start waited %v", d)
+					}
+				}
+				time.Sleep(time.Hour / 2)
+				synctest.Wait()
+				n.mu.Lock()
+				defer n.mu.Unlock()
+				if n.saved["slow@1"] != c.saved {
+					t.Errorf("saved: %v", !c.saved)
+				}
+			})
+		})
+	}
+}

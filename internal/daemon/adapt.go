@@ -78,8 +78,8 @@ func (m machine) Thaw(i control.Instance, stages *fleet.Stages) error {
 	return m.n.Thaw(inst, stages)
 }
 
-func (m machine) Save(ctx context.Context, rev fleet.Revision, cause string, inputs map[string]float64) int64 {
-	return int64(m.n.Save(ctx, rev, cause, inputs))
+func (m machine) Save(ctx context.Context, rev fleet.Revision, cause string, inputs map[string]float64, room func() (func(), bool)) int64 {
+	return int64(m.n.Save(ctx, rev, cause, inputs, room))
 }
 
 func (m machine) Vitals() homeostat.Vitals { return m.n.Vitals() }

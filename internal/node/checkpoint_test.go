@@ -63,6 +63,9 @@ func (b *bench) saves() *saver {
 	return s
 }
 
+// anyRoom is a machine with room.
+func anyRoom() (func(), bool) { return func() {}, true }
+
 // kind starts an instance, restored if that is possible, and tells how it was.
 func (b *bench) kind(rev fleet.Revision) fleet.StartKind {
 	b.t.Helper()
@@ -94,7 +97,7 @@ func TestRestore_OnlyWhatIsOfNoUseIsRefused(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			rev := b.revision(nil, server...)
-			if b.node.Save(t.Context(), rev, "test", nil) == 0 {
+			if b.node.Save(t.Context(), rev, "test", nil, anyRoom) == 0 {
 				t.Fatalf("it is not saved: %+v", b.last(fleet.EventCheckpoint))
 			}
 			s.restore = func() error { return c.err }
@@ -171,7 +174,7 @@ func TestRestore_WaitsForTheLook(t *testing.T) {
 	s := b.saves()
 	saved, other := b.revision(nil, server...), b.revision(nil, server...)
 	other.App, other.ID = "other", fleet.MakeRevisionID("other", 1)
-	if b.node.Save(t.Context(), saved, "test", nil) == 0 {
+	if b.node.Save(t.Context(), saved, "test", nil, anyRoom) == 0 {
 		t.Fatal("it is not saved")
 	}
 	asked := make(chan context.Context, 9)
@@ -216,8 +219,38 @@ func TestSave_WaitsForTheLook(t *testing.T) {
 		}
 		return "host", nil
 	}
-	if b.node.Save(t.Context(), b.revision(nil, server...), "test", nil) == 0 || asked == 0 {
+	if b.node.Save(t.Context(), b.revision(nil, server...), "test", nil, anyRoom) == 0 || asked == 0 {
 		t.Error("it is not saved")
+	}
+}
+
+// Room on the machine is asked for when there is something to be saved, once, and
+// given back.
+func TestSave_AsksForRoom(t *testing.T) {
+	b := newBench(t)
+	s := b.saves()
+	rev := b.revision(nil, server...)
+	asked, freed := 0, 0
+	save := func(ok bool) fleet.Bytes {
+		return b.node.Save(t.Context(), rev, "test", nil, func() (func(), bool) {
+			asked++
+			return func() { freed++ }, ok
+		})
+	}
+	s.save = func(sandbox.Spec) error {
+		if freed > 0 {
+			t.Error("it was given back before the processes were saved")
+		}
+		return nil
+	}
+	if save(false) != 0 || asked != 1 || freed != 0 || len(b.events) != 0 {
+		t.Errorf("without room: asked %d times, gave back %d times, told %+v", asked, freed, b.events)
+	}
+	if save(true) == 0 || asked != 2 || freed != 1 {
+		t.Errorf("with room: asked %d times, gave back %d times", asked, freed)
+	}
+	if save(true) == 0 || asked != 2 {
+		t.Error("what is saved already is asked room for")
 	}
 }
 
@@ -227,11 +260,11 @@ func TestSave_WithoutDescriptors(t *testing.T) {
 	s := b.saves()
 	rev := b.revision(nil, server...)
 	s.save = func(sandbox.Spec) error { return unix.EMFILE }
-	if b.node.Save(t.Context(), rev, "test", nil) != 0 || b.last(fleet.EventCheckpoint).Cause != causeUnroomed {
+	if b.node.Save(t.Context(), rev, "test", nil, anyRoom) != 0 || b.last(fleet.EventCheckpoint).Cause != causeUnroomed {
 		t.Errorf("told %+v", b.last(fleet.EventCheckpoint))
 	}
 	s.save, b.node.unroomed = nil, time.Time{}
-	if b.node.Save(t.Context(), rev, "test", nil) == 0 {
+	if b.node.Save(t.Context(), rev, "test", nil, anyRoom) == 0 {
 		t.Error("it is not tried again")
 	}
 }
@@ -256,10 +289,10 @@ func TestPruneLogs_LeavesTheSavers(t *testing.T) {
 		_, err := os.Stat(spec.Log)
 		return err
 	}
-	if b.node.Save(t.Context(), rev, "test", nil) == 0 {
+	if b.node.Save(t.Context(), rev, "test", nil, anyRoom) == 0 {
 		t.Errorf("told %+v", b.last(fleet.EventCheckpoint))
 	}
-	if b.node.pruneLogs(rev.App); b.node.saving != "" {
+	if b.node.pruneLogs(rev.App); len(b.node.saving) != 0 {
 		t.Error("it is saved for ever")
 	}
 	if files, err := b.node.logFiles(string(rev.App)); err != nil || len(files) != keptLogs {

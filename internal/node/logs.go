@@ -70,7 +70,7 @@ func (n *Node) pruneLogs(app fleet.AppName) {
 	files = slices.DeleteFunc(files, func(p string) bool {
 		id := fleet.InstanceID(strings.TrimSuffix(filepath.Base(p), ".log"))
 		_, live := n.instances[id]
-		return live || id == n.saving
+		return live || n.saving[id]
 	})
 	n.mu.Unlock()
 	for _, p := range files[:max(0, len(files)-keptLogs)] {

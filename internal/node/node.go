@@ -77,16 +77,14 @@ type Node struct {
 	watches sync.WaitGroup
 	probing atomic.Int64 // starts that wait for their port
 	vitals  *vitals
-	alarms  sync.Once // says that there are none
-	// saves has room for the one checkpoint that is being made, which owns unroomed: when
-	// there was no room for one.
-	saves    chan struct{}
-	unroomed time.Time
+	alarms  sync.Once     // says that there are none
+	saves   chan struct{} // has room for the checkpoints that may be made at once
 
 	mu        sync.Mutex
 	instances map[fleet.InstanceID]*Instance
-	saving    fleet.InstanceID // is started to be saved, and no instance
-	pauses    map[string]pause // by the checkpoint's key
+	saving    map[fleet.InstanceID]bool // are started to be saved, and no instances
+	unroomed  time.Time                 // when there was no room for a checkpoint
+	pauses    map[string]pause          // by the checkpoint's key
 }
 
 // New makes a node. The directories are made if they do not exist.
@@ -96,7 +94,7 @@ func New(c Config) (*Node, error) {
 			return nil, fmt.Errorf("make directory of the node: %w", err)
 		}
 	}
-	n := &Node{cfg: c, closing: make(chan struct{}), saves: make(chan struct{}, 1), vitals: newVitals(c), instances: map[fleet.InstanceID]*Instance{}, pauses: map[string]pause{}}
+	n := &Node{cfg: c, closing: make(chan struct{}), saves: make(chan struct{}, mostSaves), vitals: newVitals(c), instances: map[fleet.InstanceID]*Instance{}, saving: map[fleet.InstanceID]bool{}, pauses: map[string]pause{}}
 	var err error
 	if n.metrics, err = newMetrics(c.Registerer, n); err != nil {
 		return nil, err
