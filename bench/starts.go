@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/fastcontainer/fastcontainer/internal/events"
@@ -276,23 +277,36 @@ func (b *bench) rate() error {
 	}()
 	b.say("## Starts a second\n")
 	b.say("Whole lives (start, answer one request, removed without a trace) for %s, by 8 clients at once. Ours: %d apps in turn, each retired 10 ms after its answer;", span, apps)
-	b.say("the static Go server, and, for what is ours of it, a server that begins in next to no time. *plain process*: the Go server alone, without any container.\n")
+	b.say("the static Go server, and, for what is ours of it, a server that begins in next to no time. *bare*: what the kernel alone takes for such lives of the")
+	b.say("Go server: a C program ([bench/bare](../bench/bare/bare.c)) makes namespaces, control groups with limits, an overlay, mounts and a pair of interfaces for each, asks once,")
+	b.say("and removes them, and does nothing else. *plain process*: the Go server, without any container.\n")
 	b.say("| | lives a second | p50 ms | p99 ms | failed |\n|---|---|---|---|---|")
 	var said []string
 	rates, slowest := map[string]float64{}, map[string]time.Duration{}
 	const goServer, httpd = "fastcontainer", "fastcontainer, busybox httpd"
+	const clients, bare = 8, "bare"
 	for _, who := range []struct {
 		name string
 		f    func() (time.Duration, error)
 	}{
 		{goServer, ours("r")},
 		{httpd, ours("h")},
+		{bare, nil},
 		{"crun", func() (time.Duration, error) { return b.oci("crun") }},
 		{"runc", func() (time.Duration, error) { return b.oci("runc") }},
 		{"plain process", b.plain},
 	} {
 		before := starts.Load()
-		t, failed := storm(8, span, who.f)
+		var t times
+		var failed int
+		if who.name == bare {
+			t, failed, err = b.kernelOnly(clients, span)
+			if err != nil {
+				return err
+			}
+		} else {
+			t, failed = storm(clients, span, who.f)
+		}
 		count := len(t)
 		if who.name == goServer || who.name == httpd { // an app may have been asked again before it was retired
 			time.Sleep(time.Second)
@@ -306,9 +320,64 @@ func (b *bench) rate() error {
 	aims := func(who string) string {
 		return fmt.Sprintf("150 a second (%s); 300 a second (%s) with p99 ≤ 100 ms (%s)", verdict(rates[who] >= 150), verdict(rates[who] >= 300), verdict(slowest[who] <= 100*time.Millisecond))
 	}
-	b.say("Aimed at, with the Go server: %s. With httpd: %s.\n", aims(goServer), aims(httpd))
+	b.say("Aimed at, with the Go server: %s. With httpd: %s.", aims(goServer), aims(httpd))
+	b.say("Of *bare*'s rate ours has %.0f %%: what is beyond that only the kernel, or less isolation, could give.\n", 100*rates[goServer]/rates[bare])
 	b.say("The kernel makes and removes network interfaces one at a time, and there are both in every life here; crun and runc were spared them.\n")
 	return nil
+}
+
+// kernelOnly runs lives of the server that are the kernel's work alone, in a network
+// namespace apart.
+func (b *bench) kernelOnly(clients int, span time.Duration) (t times, failed int, err error) {
+	program, places := filepath.Join(b.dir, "bare"), filepath.Join(b.dir, "lives")
+	if out, err := exec.CommandContext(b.ctx, "gcc", "-O2", "-pthread", "-o", program, "bench/bare/bare.c").CombinedOutput(); err != nil { //nolint:gosec // ours
+		return nil, 0, fmt.Errorf("build bare: %w\n%s", err, out)
+	}
+	if err := os.Mkdir(places, 0o755); err != nil { //nolint:gosec // of containers
+		return nil, 0, err
+	}
+	var groups []string
+	for _, h := range []string{"cpu", "cpuacct", "memory", "pids", "freezer"} {
+		if dir := filepath.Join("/sys/fs/cgroup", h); exists(dir) {
+			groups = append(groups, filepath.Join(dir, "fcbench-bare"))
+		}
+	}
+	if groups == nil { // v2, where the daemon has enabled the controllers below the root
+		groups = []string{"/sys/fs/cgroup/fcbench-bare"}
+	}
+	for _, g := range groups {
+		if err := os.Mkdir(g, 0o755); err != nil { //nolint:gosec // a control group
+			return nil, 0, err
+		}
+		defer func() { _ = os.Remove(g) }()
+		if control := g + "/cgroup.subtree_control"; exists(control) {
+			if err := os.WriteFile(control, []byte("+cpu +memory +pids"), 0); err != nil {
+				return nil, 0, err
+			}
+		}
+	}
+	args := append([]string{"/server", b.root, places, fmt.Sprint(span.Seconds()), strconv.Itoa(clients)}, groups...)
+	cmd := exec.CommandContext(b.ctx, program, args...) //nolint:gosec // ours
+	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNET}
+	cmd.Stderr = os.Stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return nil, 0, fmt.Errorf("bare: %w", err)
+	}
+	for line := range strings.Lines(string(out)) {
+		n, err := strconv.Atoi(strings.TrimSpace(line))
+		if err != nil {
+			failed++
+			continue
+		}
+		t = append(t, time.Duration(n)*time.Microsecond)
+	}
+	return t, failed, nil
+}
+
+func exists(name string) bool {
+	_, err := os.Stat(name)
+	return err == nil
 }
 
 // lightRoot is the root filesystem of a web server that needs some hundred
