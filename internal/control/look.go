@@ -69,10 +69,10 @@ func (a *App) noticed() {
 	w.on, w.next = true, 0
 	a.k.active.Add(1)
 	if w.timer == nil {
-		w.timer = time.AfterFunc(0, a.look)
+		w.timer = time.AfterFunc(soonest, a.look)
 		return
 	}
-	w.timer.Reset(0)
+	w.timer.Reset(soonest)
 }
 
 // unwatch ends the looking. The caller holds the lock.
