@@ -70,6 +70,8 @@ type Network struct {
 	uplinks *uplinks
 	removal removal
 	pool    *pool
+	// parameters of the containers' network namespaces.
+	parameters parameters
 }
 
 // Open makes the fabric and the tables, or takes over those of an earlier
@@ -171,6 +173,7 @@ const namespaces = "/run/netns"
 // Close lets go of the kernel. The fabric stays, for containers go on.
 func (n *Network) Close() error {
 	var errs []error
+	n.parameters.close()
 	if n.uplinks != nil {
 		n.uplinks.close()
 	}
@@ -271,7 +274,7 @@ func (n *Network) Attach(ctx context.Context, id string, netns int) (Lease, erro
 func (n *Network) connect(l Lease, netns int) (made bool, err error) {
 	port := 0
 	err = inNamespace(netns, func() error {
-		if err := cutIPv6(); err != nil {
+		if err := n.cutIPv6(); err != nil {
 			return err
 		}
 		if err := n.fabric.wire.makePort(l.Veth, netns, l.Address); err != nil {
@@ -295,8 +298,8 @@ func (n *Network) connect(l Lease, netns int) (made bool, err error) {
 // cutIPv6 takes IPv6 from all interfaces to come in the calling thread's
 // network namespace, which has loopback alone yet. That keeps its ::1. (To take
 // it from those that exist needs rtnl, and the kernel spins until it gets it.)
-func cutIPv6() error {
-	err := sysctl("ipv6/conf/default/disable_ipv6", "1")
+func (n *Network) cutIPv6() error {
+	err := n.parameters.set("ipv6/conf/default/disable_ipv6", "1")
 	if errors.Is(err, os.ErrNotExist) { // the kernel has none
 		return nil
 	}
@@ -311,7 +314,7 @@ func (n *Network) furnish(addr netip.Addr) error {
 	// Those of Go would use multipath TCP, which cannot be saved and restored, and
 	// has one path only here.
 	for _, s := range [][2]string{{"ipv4/ip_unprivileged_port_start", "0"}, {"ipv4/ping_group_range", "0 65535"}, {"mptcp/enabled", "0"}} {
-		if err := sysctl(s[0], s[1]); err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.EINVAL) { // a user namespace may lack the group
+		if err := n.parameters.set(s[0], s[1]); err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.EINVAL) { // a user namespace may lack the group
 			return err
 		}
 	}

@@ -4,17 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 	"runtime"
-	"slices"
-	"strings"
 	"sync"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
-	"github.com/fastcontainer/fastcontainer/internal/fleet"
 	"github.com/fastcontainer/fastcontainer/internal/slow"
 )
 
@@ -177,20 +173,6 @@ func all[T any](list func() ([]T, error)) ([]T, error) {
 		}
 	}
 	return list()
-}
-
-// sysctl sets a parameter of the calling thread's network namespace, if it has
-// another value. Some hosts (a container is one) let nobody write.
-func sysctl(name, value string) error {
-	file := "/proc/sys/net/" + name
-	err := os.WriteFile(file, []byte(value), 0)
-	if err == nil {
-		return nil
-	}
-	if now := strings.Fields(readFile(file)); slices.Equal(now, strings.Fields(value)) {
-		return nil
-	}
-	return &fleet.Error{Op: "set a kernel parameter", Subject: "net/" + name, Kind: fleet.ErrUnavailable, Err: err, Hint: "it must be " + value + ": let the daemon write below /proc/sys/net, or set it beforehand"}
 }
 
 // inNamespace runs f on a thread in another network namespace.
