@@ -115,6 +115,8 @@ func main() {
 		}
 	}()
 	http.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "hello") })
+	var count atomic.Int64
+	http.HandleFunc("/count", func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "count ", count.Add(1), " ", r.Host) })
 	http.HandleFunc("/signals", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "signals ", told.Load()) })
 	http.HandleFunc("/restored", func(w http.ResponseWriter, _ *http.Request) {
 		name, ok := os.LookupEnv("FASTCONTAINER_RESTORED")
@@ -265,6 +267,20 @@ func TestCheckpoint_RestoredOnesAreTold(t *testing.T) {
 		d.until("the signal is there", func() bool { _, s := d.get("told.localhost", "/signals"); return s == "signals 1" })
 	}
 	differ(t, "seed", seeds, func(s string) string { return s })
+}
+
+// An app that wants to be warm is asked once before its processes are saved, as
+// its visitors ask, and left alone for a while.
+func TestCheckpoint_WarmOnesWereAskedOnce(t *testing.T) {
+	d := newSaver(t)
+	d.deployFile("warmed", sluggish(t), "start: checkpoint\nwarm: /count\nenv: {BOOT: 300ms}\n")
+	d.expect("warmed.localhost", "/count", "count 1 warmed.localhost")
+	d.saved("warmed")
+	for range 2 {
+		d.asleep("warmed")
+		d.expect("warmed.localhost", "/count", "count 2 warmed.localhost")
+		d.started("warmed", fleet.CheckpointStart)
+	}
 }
 
 // A standby that is always wanted is filled by a restored start.
