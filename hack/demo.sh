@@ -28,6 +28,7 @@ finish() {
 	fi
 	ip netns delete fastcontainer-fcdemo 2>/dev/null || true
 	for family in ip inet; do nft delete table $family fastcontainer-fcdemo 2>/dev/null || true; done
+	rmdir /sys/fs/cgroup/fcdemo /sys/fs/cgroup/*/fcdemo 2>/dev/null || true
 	rm -rf "$dir" examples/hello/rootfs
 }
 trap finish EXIT
@@ -45,7 +46,8 @@ sandbox: {cgroup: /fcdemo}
 EOF
 
 bold "fastcontainer serve"
-"$fc" serve --config "$dir/config.yaml" --server-timing 2>"$dir/log" &
+# In a session of its own: Ctrl-C is for this script, which asks it to end once.
+setsid "$fc" serve --config "$dir/config.yaml" --server-timing 2>"$dir/log" &
 daemon=$!
 for _ in $(seq 100); do
 	[ -S "$dir/run/api.sock" ] && break
