@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -14,11 +15,16 @@ import (
 
 // sysctl sets a parameter of the calling thread's network namespace, if it has
 // another value. Some hosts (a container is one) let nobody write.
-func sysctl(name, value string) error { return setParameter(unix.AT_FDCWD, "/proc/", name, value) }
+func sysctl(name, value string) error { return setParameter(nil, name, value) }
 
-// setParameter does so below a proc filesystem.
-func setParameter(dir int, root, name, value string) error {
-	file := root + "sys/net/" + name
+// setParameter does so by way of a proc filesystem; nil: the one at /proc.
+func setParameter(proc *os.File, name, value string) error {
+	subject := "net/" + name
+	path := "/proc/sys/" + subject
+	dir, file := unix.AT_FDCWD, path
+	if proc != nil {
+		dir, file = int(proc.Fd()), "sys/"+subject
+	}
 	slow.Ahead()
 	fd, err := unix.Openat(dir, file, unix.O_WRONLY|unix.O_CLOEXEC, 0)
 	if err == nil {
@@ -28,11 +34,10 @@ func setParameter(dir int, root, name, value string) error {
 	if err == nil {
 		return nil
 	}
-	err = &os.PathError{Op: "write", Path: "/proc/sys/net/" + name, Err: err}
-	if now := strings.Fields(readFile("/proc/sys/net/" + name)); slices.Equal(now, strings.Fields(value)) {
+	if now := strings.Fields(readFile(path)); slices.Equal(now, strings.Fields(value)) {
 		return nil
 	}
-	return &fleet.Error{Op: "set a kernel parameter", Subject: "net/" + name, Kind: fleet.ErrUnavailable, Err: err, Hint: "it must be " + value + ": let the daemon write below /proc/sys/net, or set it beforehand"}
+	return &fleet.Error{Op: "set a kernel parameter", Subject: subject, Kind: fleet.ErrUnavailable, Err: &os.PathError{Op: "write", Path: path, Err: err}, Hint: "it must be " + value + ": let the daemon write below /proc/sys/net, or set it beforehand"}
 }
 
 // parameters sets those of the network namespaces of containers, in time that does
@@ -44,18 +49,11 @@ func setParameter(dir int, root, name, value string) error {
 // (Linux 6.18). So it is done in a proc filesystem of our own, which is thrown
 // away with what it keeps after some uses: 0.1 ms. Its zero value is ready.
 type parameters struct {
+	uses atomic.Uint64
 	work sync.WaitGroup // closes what is thrown away, for which the kernel takes its time
 
-	mu   sync.Mutex
-	view *view
-}
-
-// view is a proc filesystem that is mounted nowhere.
-type view struct {
-	dir   int // -1: it cannot be made here, and /proc has to do
-	uses  int
-	users int
-	old   bool
+	mu   sync.RWMutex // held while the view is used
+	view *os.File     // a proc filesystem that is mounted nowhere; nil: /proc has to do
 }
 
 // viewUses is how many parameters are set in one: a chain is a quarter as long.
@@ -63,78 +61,45 @@ const viewUses = 128
 
 // set a parameter of the calling thread's network namespace.
 func (p *parameters) set(name, value string) error {
-	v := p.borrow()
-	defer p.giveBack(v)
-	if v.dir < 0 {
-		return sysctl(name, value)
+	if p.uses.Add(1)%viewUses == 1 {
+		p.renew(newView())
 	}
-	return setParameter(v.dir, "", name, value)
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	return setParameter(p.view, name, value)
 }
 
-func (p *parameters) borrow() *view {
+// renew puts another view in the place of the one there is.
+func (p *parameters) renew(view *os.File) {
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.view != nil && p.view.uses >= viewUses {
-		p.retire()
-	}
-	if p.view == nil {
-		p.view = newView()
-	}
-	p.view.uses++
-	p.view.users++
-	return p.view
-}
-
-func (p *parameters) giveBack(v *view) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if v.users--; v.old && v.users == 0 {
-		p.drop(v)
-	}
-}
-
-// retire has the view thrown away when nobody uses it. The caller holds the lock.
-func (p *parameters) retire() {
-	v := p.view
-	p.view, v.old = nil, true
-	if v.users == 0 {
-		p.drop(v)
-	}
-}
-
-func (p *parameters) drop(v *view) {
-	if v.dir >= 0 {
-		p.work.Go(func() { _ = unix.Close(v.dir) })
+	old := p.view
+	p.view = view
+	p.mu.Unlock()
+	if old != nil {
+		p.work.Go(func() { _ = old.Close() })
 	}
 }
 
 // close throws away what there is. Nobody uses it any more.
 func (p *parameters) close() {
-	p.mu.Lock()
-	if p.view != nil {
-		p.retire()
-	}
-	p.mu.Unlock()
+	p.renew(nil)
 	p.work.Wait()
 }
 
-func newView() *view {
-	dir, err := mountProc()
-	if err != nil {
-		dir = -1
-	}
-	return &view{dir: dir}
-}
-
-func mountProc() (int, error) {
+// newView is nil if it cannot be made here.
+func newView() *os.File {
 	slow.Ahead()
 	fs, err := unix.Fsopen("proc", unix.FSOPEN_CLOEXEC)
 	if err != nil {
-		return -1, err
+		return nil
 	}
 	defer func() { _ = unix.Close(fs) }()
 	if err := unix.FsconfigCreate(fs); err != nil {
-		return -1, err
+		return nil
 	}
-	return unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC)
+	dir, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC)
+	if err != nil {
+		return nil
+	}
+	return os.NewFile(uintptr(dir), "proc")
 }

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -57,34 +58,54 @@ func TestParameters(t *testing.T) {
 // A view is thrown away after some uses, with the names that the kernel keeps in
 // it, but not while somebody uses it.
 func TestParameters_ViewsAreRenewed(t *testing.T) {
+	const name = "ipv4/ip_unprivileged_port_start"
 	var p parameters
 	defer p.close()
-	first := p.borrow()
-	for range viewUses - 1 {
-		if v := p.borrow(); v != first {
-			t.Fatal("it is renewed before its time")
-		} else {
-			p.giveBack(v)
+	err := inNamespace(newNamespace(t), func() error {
+		if err := p.set(name, "79"); err != nil {
+			return err
 		}
-	}
-	second := p.borrow()
-	if second == first {
-		t.Fatal("it is not renewed")
-	}
-	if _, err := unix.FcntlInt(uintptr(first.dir), unix.F_GETFD, 0); err != nil {
-		t.Errorf("it is closed while it is used: %v", err)
-	}
-	p.giveBack(second)
-	p.giveBack(first)
-	p.work.Wait()
-	if _, err := unix.FcntlInt(uintptr(first.dir), unix.F_GETFD, 0); !errors.Is(err, unix.EBADF) {
-		t.Errorf("it is left open: %v", err)
+		first := p.view
+		for range viewUses - 1 {
+			if err := p.set(name, "79"); err != nil {
+				return err
+			}
+			if p.view != first {
+				t.Fatal("it is renewed before its time")
+			}
+		}
+		fd := first.Fd()
+		p.mu.RLock() // somebody uses it
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			if err := p.set("ipv4/no_such_thing", "1"); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("got %v", err)
+			}
+		})
+		time.Sleep(20 * time.Millisecond)
+		if _, err := unix.FcntlInt(fd, unix.F_GETFD, 0); err != nil {
+			t.Errorf("it is closed while it is used: %v", err)
+		}
+		p.mu.RUnlock()
+		wg.Wait()
+		if p.view == first {
+			t.Fatal("it is not renewed")
+		}
+		p.work.Wait()
+		if _, err := unix.FcntlInt(fd, unix.F_GETFD, 0); !errors.Is(err, unix.EBADF) {
+			t.Errorf("it is left open: %v", err)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
 	}
 }
 
 // Where no view can be made /proc does.
 func TestParameters_WithoutAView(t *testing.T) {
-	p := parameters{view: &view{dir: -1}}
+	var p parameters
+	p.uses.Store(1) // it was tried
 	defer p.close()
 	const name = "ipv4/ip_unprivileged_port_start"
 	err := inNamespace(newNamespace(t), func() error {
@@ -96,5 +117,8 @@ func TestParameters_WithoutAView(t *testing.T) {
 	})
 	if err != nil {
 		t.Error(err)
+	}
+	if p.view != nil {
+		t.Error("there is one")
 	}
 }
