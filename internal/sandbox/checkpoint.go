@@ -136,33 +136,22 @@ func (c *container) await(ctx context.Context, o Capture) error {
 }
 
 // rest returns when the container was left alone for a while, and is idle. What a
-// program does when nobody has asked it for some seconds (V8 collects garbage twice)
-// would be done by each restored sibling otherwise, and at once: its timers are due.
+// program does when nobody has asked it for some seconds (V8 collects garbage three
+// times) would be done by each restored sibling otherwise, and at once: its timers are due.
 func (c *container) rest(ctx context.Context, least time.Duration) error {
-	wait := func(d time.Duration) error {
+	look := least / 10
+	pause, before := least, time.Duration(0)
+	for n := range 21 { // the last twenty take twice as long again
 		select {
-		case <-time.After(d):
-			return nil
+		case <-time.After(pause):
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
-	}
-	if err := wait(least); err != nil {
-		return err
-	}
-	look := least / 10
-	for range 20 { // twice as long again
-		before, err := c.CPU()
-		if err == nil {
-			err = wait(look)
-		}
-		if err != nil {
+		now, err := c.CPU()
+		if err != nil || n > 0 && now.CPUTime-before <= look/100 {
 			return err
 		}
-		after, err := c.CPU()
-		if err != nil || after.CPUTime-before.CPUTime <= look/100 {
-			return err
-		}
+		pause, before = look, now.CPUTime
 	}
 	return nil
 }

@@ -133,17 +133,26 @@ func allowAll() []byte {
 	return binary.NativeEndian.AppendUint32([]byte{unix.BPF_RET | unix.BPF_K, 0, 0, 0}, unix.SECCOMP_RET_ALLOW)
 }
 
-// change is an edit of one entry of a kind.
-func change[T any, P interface {
+// entry of an image file: a message of one kind.
+type entry[T any] interface {
 	*T
 	proto.Message
-}](f func(P) error) func([]byte) ([]byte, error) {
+}
+
+// decode one, and do something with it.
+func decode[T any, P entry[T]](b []byte, f func(P) error) (P, error) {
+	e := P(new(T))
+	if err := proto.Unmarshal(b, e); err != nil {
+		return nil, err
+	}
+	return e, f(e)
+}
+
+// change is an edit of one entry of a kind.
+func change[T any, P entry[T]](f func(P) error) func([]byte) ([]byte, error) {
 	return func(b []byte) ([]byte, error) {
-		e := P(new(T))
-		if err := proto.Unmarshal(b, e); err != nil {
-			return nil, err
-		}
-		if err := f(e); err != nil {
+		e, err := decode(b, f)
+		if err != nil {
 			return nil, err
 		}
 		return proto.Marshal(e)
@@ -151,30 +160,35 @@ func change[T any, P interface {
 }
 
 // look reads one entry of a kind, and leaves it as it is.
-func look[T any, P interface {
-	*T
-	proto.Message
-}](f func(P) error) func([]byte) ([]byte, error) {
+func look[T any, P entry[T]](f func(P) error) func([]byte) ([]byte, error) {
 	return func(b []byte) ([]byte, error) {
-		e := P(new(T))
-		if err := proto.Unmarshal(b, e); err != nil {
-			return nil, err
-		}
-		return b, f(e)
+		_, err := decode(b, f)
+		return b, err
 	}
+}
+
+// images are those whose names begin so, without that beginning.
+func images(dir, prefix string) (rests []string, err error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, fmt.Errorf("read images: %w", err)
+	}
+	for _, e := range entries {
+		if rest, ok := strings.CutPrefix(e.Name(), prefix); ok {
+			rests = append(rests, rest)
+		}
+	}
+	return rests, nil
 }
 
 // editAll edits the images whose names begin so.
 func editAll(dir, prefix string, magic uint32, f func(entry []byte) ([]byte, error)) error {
-	entries, err := os.ReadDir(dir)
+	rests, err := images(dir, prefix)
 	if err != nil {
-		return fmt.Errorf("read images: %w", err)
+		return err
 	}
-	for _, e := range entries {
-		if !strings.HasPrefix(e.Name(), prefix) {
-			continue
-		}
-		if err := edit(filepath.Join(dir, e.Name()), magic, f); err != nil {
+	for _, rest := range rests {
+		if err := edit(filepath.Join(dir, prefix+rest), magic, f); err != nil {
 			return err
 		}
 	}

@@ -2,12 +2,10 @@ package criu
 
 import (
 	"errors"
-	"fmt"
 	"math"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/mm"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/vma"
@@ -22,34 +20,30 @@ const ofProcess = 1<<0 | 1<<9
 // the mapping, wherever nearly all of a mapping has content: CRIU passes
 // MAP_POPULATE on.
 //
-// It copies the content in, so otherwise each page is a fault: a quarter of the
+// CRIU copies the content in, so otherwise each page is a fault: a quarter of the
 // processor time of restoring a Node.js app. What has no content is
 // zeroes either way, but is held from the beginning: at most a page in 16.
 func Populate(dir string) error {
-	entries, err := os.ReadDir(dir)
+	processes, err := images(dir, "mm-")
 	if err != nil {
-		return fmt.Errorf("read images: %w", err)
+		return err
 	}
-	for _, e := range entries {
-		number, ok := strings.CutPrefix(e.Name(), "mm-")
-		if !ok {
-			continue
-		}
-		_, runs, err := readPagemap(filepath.Join(dir, "pagemap-"+number), math.MaxUint64)
+	for _, p := range processes {
+		_, runs, err := readPagemap(filepath.Join(dir, "pagemap-"+p), math.MaxUint64)
 		if errors.Is(err, os.ErrNotExist) {
 			continue
 		}
-		if err != nil {
-			return err
-		}
-		if err := edit(filepath.Join(dir, e.Name()), mmMagic, change(func(m *mm.MmEntry) error {
-			for _, v := range m.Vmas {
-				if dense(v, runs) {
-					v.Flags = new(v.GetFlags() | unix.MAP_POPULATE)
+		if err == nil {
+			err = edit(filepath.Join(dir, "mm-"+p), mmMagic, change(func(m *mm.MmEntry) error {
+				for _, v := range m.Vmas {
+					if dense(v, runs) {
+						v.Flags = new(v.GetFlags() | unix.MAP_POPULATE)
+					}
 				}
-			}
-			return nil
-		})); err != nil {
+				return nil
+			}))
+		}
+		if err != nil {
 			return err
 		}
 	}

@@ -4,11 +4,9 @@ import (
 	"reflect"
 	"testing"
 
-	"github.com/checkpoint-restore/go-criu/v8/crit/images/mm"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/pagemap"
 	"github.com/checkpoint-restore/go-criu/v8/crit/images/vma"
 	"golang.org/x/sys/unix"
-	"google.golang.org/protobuf/proto"
 )
 
 // process writes the images of a process with these mappings, all of private
@@ -25,16 +23,8 @@ func process(t *testing.T, mappings []*vma.VmaEntry, content ...*pagemap.Pagemap
 			v.Flags = new(uint32(unix.MAP_PRIVATE | unix.MAP_ANONYMOUS))
 		}
 	}
-	write(t, dir+"/mm-1.img", []uint32{imageMagic, mmMagic}, &mm.MmEntry{
-		MmStartCode: zero, MmEndCode: zero, MmStartData: zero, MmEndData: zero, MmStartStack: zero, MmStartBrk: zero, MmBrk: zero,
-		MmArgStart: zero, MmArgEnd: zero, MmEnvStart: zero, MmEnvEnd: zero, ExeFileId: new(uint32(1)), Vmas: mappings,
-	})
-	all := []proto.Message{&pagemap.PagemapHead{PagesId: new(uint32(1))}}
-	for _, e := range content {
-		e.CompatNrPages = new(uint32(0))
-		all = append(all, e)
-	}
-	write(t, dir+"/pagemap-1.img", []uint32{imageMagic, pagemapMagic}, all...)
+	writeMappings(t, dir, mappings...)
+	writePagemap(t, dir+"/pagemap-1.img", 1, content)
 	return dir
 }
 
@@ -44,14 +34,8 @@ func mapping(at, pages uint64) *vma.VmaEntry {
 
 func populated(t *testing.T, dir string) (all []bool) {
 	t.Helper()
-	err := edit(dir+"/mm-1.img", mmMagic, look(func(e *mm.MmEntry) error {
-		for _, v := range e.Vmas {
-			all = append(all, v.GetFlags()&unix.MAP_POPULATE != 0)
-		}
-		return nil
-	}))
-	if err != nil {
-		t.Fatal(err)
+	for _, v := range mappings(t, dir) {
+		all = append(all, v.GetFlags()&unix.MAP_POPULATE != 0)
 	}
 	return all
 }

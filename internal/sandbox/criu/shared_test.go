@@ -32,19 +32,43 @@ func sharing(t *testing.T, inode *memfd.MemfdInodeEntry, entries ...*pagemap.Pag
 	area := func(status uint32, shmid uint64) *vma.VmaEntry {
 		return &vma.VmaEntry{Start: new(uint64(page)), End: new(uint64(2 * page)), Pgoff: new(uint64(0)), Shmid: &shmid, Prot: new(uint32(3)), Flags: new(uint32(1)), Status: &status, Fd: new(int64(-1))}
 	}
+	writeMappings(t, dir, area(0x4081, 9), area(0x81, 9), area(0x4081, 12), area(0x201, 0))
+	writePagemap(t, dir+"/pagemap-shmem-77.img", 3, entries)
+	return dir
+}
+
+// writeMappings writes the image of a process's memory.
+func writeMappings(t *testing.T, dir string, all ...*vma.VmaEntry) {
+	t.Helper()
 	zero := new(uint64(0))
 	write(t, dir+"/mm-1.img", []uint32{imageMagic, mmMagic}, &mm.MmEntry{
 		MmStartCode: zero, MmEndCode: zero, MmStartData: zero, MmEndData: zero, MmStartStack: zero, MmStartBrk: zero, MmBrk: zero,
-		MmArgStart: zero, MmArgEnd: zero, MmEnvStart: zero, MmEnvEnd: zero, ExeFileId: new(uint32(1)),
-		Vmas: []*vma.VmaEntry{area(0x4081, 9), area(0x81, 9), area(0x4081, 12), area(0x201, 0)},
+		MmArgStart: zero, MmArgEnd: zero, MmEnvStart: zero, MmEnvEnd: zero, ExeFileId: new(uint32(1)), Vmas: all,
 	})
-	all := []proto.Message{&pagemap.PagemapHead{PagesId: new(uint32(3))}}
+}
+
+// mappings are those of that image.
+func mappings(t *testing.T, dir string) (all []*vma.VmaEntry) {
+	t.Helper()
+	err := edit(dir+"/mm-1.img", mmMagic, look(func(e *mm.MmEntry) error {
+		all = e.Vmas
+		return nil
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+// writePagemap writes where some memory has content, which is in an image of that number.
+func writePagemap(t *testing.T, name string, pages uint32, entries []*pagemap.PagemapEntry) {
+	t.Helper()
+	all := []proto.Message{&pagemap.PagemapHead{PagesId: &pages}}
 	for _, e := range entries {
 		e.CompatNrPages = new(uint32(0))
 		all = append(all, e)
 	}
-	write(t, dir+"/pagemap-shmem-77.img", []uint32{imageMagic, pagemapMagic}, all...)
-	return dir
+	write(t, name, []uint32{imageMagic, pagemapMagic}, all...)
 }
 
 func present(at, pages uint64) *pagemap.PagemapEntry {
@@ -53,16 +77,8 @@ func present(at, pages uint64) *pagemap.PagemapEntry {
 
 func statuses(t *testing.T, dir string) (all []uint32) {
 	t.Helper()
-	err := edit(dir+"/mm-1.img", mmMagic, func(b []byte) ([]byte, error) {
-		e := &mm.MmEntry{}
-		err := proto.Unmarshal(b, e)
-		for _, v := range e.Vmas {
-			all = append(all, v.GetStatus())
-		}
-		return b, err
-	})
-	if err != nil {
-		t.Fatal(err)
+	for _, v := range mappings(t, dir) {
+		all = append(all, v.GetStatus())
 	}
 	return all
 }
