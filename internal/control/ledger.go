@@ -178,10 +178,8 @@ func (g *ledger) grant() {
 		g.queue = append(g.queue[:best], g.queue[best+1:]...)
 		t.acc.waiting--
 		t.acc.starting++
-		t.acc.instances++
-		t.acc.claimed = t.acc.claimed.Add(t.claim, 1)
-		g.claimed = g.claimed.Add(t.claim, 1)
 		g.starting++
+		g.count(t.acc, t.claim)
 		t.turn <- nil
 	}
 }
@@ -219,7 +217,7 @@ func (g *ledger) started(a *App) {
 func (g *ledger) adopted(a *App, claim homeostat.Claim, priority int) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.count(a, claim, priority)
+	g.count(g.account(a, priority), claim)
 }
 
 // spare counts what nobody waits for, if there is room for it that nobody else
@@ -230,13 +228,12 @@ func (g *ledger) spare(a *App, claim homeostat.Claim, priority int) bool {
 	if len(g.queue) > 0 || !g.room(claim) {
 		return false
 	}
-	g.count(a, claim, priority)
+	g.count(g.account(a, priority), claim)
 	return true
 }
 
-// count one more that is no start. The caller holds the lock.
-func (g *ledger) count(a *App, claim homeostat.Claim, priority int) {
-	acc := g.account(a, priority)
+// count one more instance of an app. The caller holds the lock.
+func (g *ledger) count(acc *account, claim homeostat.Claim) {
 	acc.instances++
 	acc.claimed = acc.claimed.Add(claim, 1)
 	g.claimed = g.claimed.Add(claim, 1)
