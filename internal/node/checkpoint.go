@@ -133,7 +133,9 @@ func (n *Node) Save(ctx context.Context, rev fleet.Revision, cause string, input
 func (n *Node) setSaving(id fleet.InstanceID, on bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if n.saving[id] = on; !on {
+	if on {
+		n.saving[id] = true
+	} else {
 		delete(n.saving, id)
 	}
 }
@@ -181,8 +183,6 @@ func (n *Node) capture(ctx context.Context, c sandbox.Checkpointer, id fleet.Ins
 	want.Limits.Memory = max(want.Limits.Memory, rev.Spec.Resources.Memory.Peak)
 	want.Limits.CPU = max(want.Limits.CPU, rev.Spec.Resources.CPU.Peak)
 	want.Limits.CPUWeight = savingWeight
-	ctx, cancel := context.WithTimeoutCause(ctx, rev.Spec.Ready.Timeout.Std()+savingTime, errNotReady)
-	defer cancel()
 	o := sandbox.Capture{Port: rev.Spec.Port, Ready: func(ctx context.Context, a netip.Addr) error {
 		return n.listens(ctx, addrPort(a, rev.Spec.Port).String())
 	}}
@@ -192,6 +192,8 @@ func (n *Node) capture(ctx context.Context, c sandbox.Checkpointer, id fleet.Ins
 			return n.warm(ctx, addrPort(a, rev.Spec.Port).String(), rev.Spec)
 		}
 	}
+	ctx, cancel := context.WithTimeoutCause(ctx, rev.Spec.Ready.Timeout.Std()+3*o.Rest+savingTime, errNotReady)
+	defer cancel()
 	return c.Checkpoint(ctx, want, o, dir)
 }
 
@@ -219,9 +221,8 @@ func (n *Node) warm(ctx context.Context, addr string, s fleet.Spec) error {
 const (
 	// savingWeight is a small part of what an instance has that somebody waits for.
 	savingWeight = 10
-	// savingTime is more than saving takes once the processes stand still, and
-	// their rest before it.
-	savingTime = 3 * time.Minute
+	// savingTime is more than saving takes once the processes stand still.
+	savingTime = time.Minute
 	// warmRest is how long a warm program is left alone: V8 collects garbage three
 	// times, 8 s apart, when it is not busy any more. It takes a Node.js app's restore and
 	// first answer from 57 to 34 ms of processor time.
