@@ -143,7 +143,7 @@ func (b *bench) head() {
 	var info unix.Sysinfo_t
 	_ = unix.Sysinfo(&info)
 	groups := "v2"
-	if _, err := os.Stat("/sys/fs/cgroup/memory"); err == nil {
+	if exists("/sys/fs/cgroup/memory") {
 		groups = "v1"
 	}
 	cpu := command("sh", "-c", "grep -m1 'model name' /proc/cpuinfo | cut -d: -f2")

@@ -242,7 +242,7 @@ type part struct {
 // parts measures what the kernel holds for such things, in KiB for each.
 func (b *bench) parts(count int) (map[string]float64, error) {
 	groups := "/sys/fs/cgroup/memory/fcbench-parts"
-	if _, err := os.Stat("/sys/fs/cgroup/memory"); err != nil {
+	if !exists("/sys/fs/cgroup/memory") {
 		groups = "/sys/fs/cgroup/fcbench-parts"
 	}
 	if err := os.Mkdir(groups, 0o755); err != nil { //nolint:gosec // a cgroup

@@ -160,7 +160,7 @@ func (b *bench) besideRunc() error {
 		return err
 	}
 	cache := "had"
-	if _, err := os.Stat("/run/criu.kdat"); err != nil {
+	if !exists("/run/criu.kdat") {
 		cache = "did not have"
 	}
 	b.say("## Beside `runc restore`\n")

@@ -242,7 +242,7 @@ func (b *bench) rate() error {
 		return err
 	}
 	defer n.end()
-	const apps = 240
+	const clients, apps = 8, 240
 	for i := range apps {
 		change := func(s *fleet.Spec) {
 			s.Idle, s.Start = fleet.Duration(10*time.Millisecond), fleet.StartCold
@@ -276,7 +276,7 @@ func (b *bench) rate() error {
 		})
 	}()
 	b.say("## Starts a second\n")
-	b.say("Whole lives (start, answer one request, removed without a trace) for %s, by 8 clients at once. Ours: %d apps in turn, each retired 10 ms after its answer;", span, apps)
+	b.say("Whole lives (start, answer one request, removed without a trace) for %s, by %d clients at once. Ours: %d apps in turn, each retired 10 ms after its answer;", span, clients, apps)
 	b.say("the static Go server, and, for what is ours of it, a server that begins in next to no time. *bare*: what the kernel alone takes for such lives of the")
 	b.say("Go server: a C program ([bench/bare](../bench/bare/bare.c)) makes namespaces, control groups with limits, an overlay, mounts and a pair of interfaces for each, asks once,")
 	b.say("and removes them, and does nothing else. *plain process*: the Go server, without any container.\n")
@@ -284,28 +284,28 @@ func (b *bench) rate() error {
 	var said []string
 	rates, slowest := map[string]float64{}, map[string]time.Duration{}
 	const goServer, httpd = "fastcontainer", "fastcontainer, busybox httpd"
-	const clients, bare = 8, "bare"
+	const bare = "bare"
+	lives := func(f func() (time.Duration, error)) func() (times, int, error) {
+		return func() (times, int, error) {
+			t, failed := storm(clients, span, f)
+			return t, failed, nil
+		}
+	}
 	for _, who := range []struct {
 		name string
-		f    func() (time.Duration, error)
+		run  func() (times, int, error)
 	}{
-		{goServer, ours("r")},
-		{httpd, ours("h")},
-		{bare, nil},
-		{"crun", func() (time.Duration, error) { return b.oci("crun") }},
-		{"runc", func() (time.Duration, error) { return b.oci("runc") }},
-		{"plain process", b.plain},
+		{goServer, lives(ours("r"))},
+		{httpd, lives(ours("h"))},
+		{bare, func() (times, int, error) { return b.kernelOnly(clients, span) }},
+		{"crun", lives(func() (time.Duration, error) { return b.oci("crun") })},
+		{"runc", lives(func() (time.Duration, error) { return b.oci("runc") })},
+		{"plain process", lives(b.plain)},
 	} {
 		before := starts.Load()
-		var t times
-		var failed int
-		if who.name == bare {
-			t, failed, err = b.kernelOnly(clients, span)
-			if err != nil {
-				return err
-			}
-		} else {
-			t, failed = storm(clients, span, who.f)
+		t, failed, err := who.run()
+		if err != nil {
+			return err
 		}
 		count := len(t)
 		if who.name == goServer || who.name == httpd { // an app may have been asked again before it was retired
